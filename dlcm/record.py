@@ -1,0 +1,136 @@
+"""The run directory is the record: atomic files, a metrics log that can be cut back, and one writer at a time.
+
+Nothing here knows about models or schedulers; `train` writes with it and `sweeps` reads with it.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dlcm.errors import UserError
+
+
+class RunBusyError(UserError):
+    """Another process holds the run."""
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a file so that a reader sees the old content or the new one, never a part, even after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write `data` as indented JSON, atomically."""
+    write_atomic(path, json.dumps(data, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: the file is missing, unreadable or not a JSON object.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); restore it or delete it and run again") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one line to a metrics log with a single write."""
+    with path.open("ab") as file:
+        file.write((json.dumps(row) + "\n").encode())
+
+
+def read_metrics(path: Path, *, running: bool = False) -> list[dict[str, Any]]:
+    """All rows of a metrics log.
+
+    Args:
+        path: `metrics.jsonl` of a run.
+        running: a last line without its newline is being written right now: leave it out instead of refusing it.
+
+    Raises:
+        UserError: a torn or foreign line, named by number. It is never replaced or skipped in silence.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    tail = lines.pop()
+    if tail and not running:
+        lines.append(tail)
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("not an object")
+        except ValueError:
+            raise UserError(
+                f"{path}:{number}: torn metrics line; submit the run again to rewrite it from its last checkpoint, "
+                "or delete the line"
+            ) from None
+        rows.append(row)
+    return rows
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Keep the rows up to `step`: what a resumed run will write again is dropped, a torn tail with it."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break  # everything from a torn line on is later than the checkpoint, or will be written again
+        if row["step"] > step:
+            break
+        kept.append(line + b"\n")
+    write_atomic(path, b"".join(kept))
+
+
+@contextlib.contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Hold a run for this process; the kernel lets go when the process dies, however it dies.
+
+    Raises:
+        RunBusyError: another process holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunBusyError(f"{run_dir}: another process is working on this run; wait for it or cancel it") from None
+        yield
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether some live process on a machine that shares the file system's locks holds the run."""
+    path = run_dir / ".lock"
+    if not path.exists():
+        return False
+    with path.open("r") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
