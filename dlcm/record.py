@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -107,28 +108,43 @@ def cut_metrics(path: Path, step: int) -> None:
     write_atomic(path, b"".join(kept))
 
 
+# A reader that asks whether a lock is held takes it shared for some microseconds; a claim must not fail on that.
+_CLAIM_TRIES, _CLAIM_PAUSE_S = 5, 0.02
+
+
 @contextlib.contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
+def run_lock(run_dir: Path, name: str = ".lock") -> Iterator[None]:
     """Hold a run for this process; the kernel lets go when the process dies, however it dies.
+
+    Args:
+        run_dir: the run's directory, made where absent.
+        name: file of the lock: training takes the default, a sweep's worker claims the run under a name of its own.
 
     Raises:
         RunBusyError: another process holds it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunBusyError(f"{run_dir}: another process is working on this run; wait for it or cancel it") from None
+    with (run_dir / name).open("w") as file:
+        for attempt in range(_CLAIM_TRIES):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if attempt == _CLAIM_TRIES - 1:
+                    raise RunBusyError(
+                        f"{run_dir}: another process is working on this run; wait for it or cancel it"
+                    ) from None
+                time.sleep(_CLAIM_PAUSE_S)
         yield
 
 
-def is_locked(run_dir: Path) -> bool:
+def is_locked(run_dir: Path, name: str = ".lock") -> bool:
     """Whether some live process on a machine that shares the file system's locks holds the run."""
-    path = run_dir / ".lock"
-    if not path.exists():
+    try:
+        file = (run_dir / name).open("r")
+    except FileNotFoundError:
         return False
-    with path.open("r") as file:
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:

@@ -1,0 +1,155 @@
+"""Which constants of a fitted law the data pin down. A constant that they do not is reported as that, never as a number."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+from scipy import stats
+
+from analysis.data import ResultsData
+from analysis.design import Axis, levels
+from analysis.laws import Change, Law, Parameter
+from analysis.objective import Problem
+
+Array = np.ndarray
+
+WIDE_RATIO = {"exponent": 4.0, "floor": 4.0, "offset": 100.0, "amplitude": 1e3}
+"""Upper over lower end of a 95% interval beyond which a constant is not identified; an amplitude in natural units moves by
+orders of magnitude with its exponent, so more is let through there."""
+_AT_BOUND = 1e-6
+_NULL = 1e-7
+_HUGE_CORRELATION = 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditioning:
+    """Local geometry of the objective at the answer, on centred and scaled constants.
+
+    Attributes:
+        number: condition number of the Jacobian with unit columns; infinite where a direction is flat.
+        correlations: pairs of constants whose estimates move together, |correlation| >= 0.9.
+        flat: constant -> why it cannot be told locally.
+    """
+
+    number: float
+    correlations: tuple[tuple[str, str, float], ...]
+    flat: Mapping[str, str]
+
+
+def conditioning(problem: Problem, theta: Array) -> Conditioning:
+    """Singular values and correlations of the Jacobian of the residuals."""
+    names = [p.name for p in problem.law.free]
+    if not names:
+        return Conditioning(1.0, (), {})
+    jacobian = problem.residuals_and_jacobian(theta)[1]
+    norms = np.linalg.norm(jacobian, axis=0)
+    flat = {name: "the loss does not depend on it at the answer" for name, norm in zip(names, norms) if norm < 1e-12}
+    unit = jacobian / np.where(norms > 0, norms, 1.0)
+    _, sizes, directions = np.linalg.svd(unit, full_matrices=True)
+    sizes = np.concatenate([sizes, np.zeros(len(names) - len(sizes))])
+    for size, direction in zip(sizes, directions):
+        if size > _NULL * sizes[0]:
+            continue
+        involved = [name for name, weight in zip(names, direction) if abs(weight) > 0.1]
+        for name in involved:
+            others = ", ".join(o for o in involved if o != name) or "nothing else"
+            flat.setdefault(name, f"runs cannot tell it from {others}")
+    number = float(sizes[0] / sizes[-1]) if sizes[-1] > 0 else float("inf")
+    return Conditioning(number, _correlations(unit, names), flat)
+
+
+def _correlations(unit: Array, names: list[str]) -> tuple[tuple[str, str, float], ...]:
+    covariance = np.linalg.pinv(unit.T @ unit, hermitian=True)
+    spread = np.sqrt(np.maximum(np.diag(covariance), 1e-300))
+    matrix = covariance / np.outer(spread, spread)
+    pairs = [
+        (names[i], names[j], float(np.clip(matrix[i, j], -1, 1)))
+        for i in range(len(names))
+        for j in range(i)
+        if abs(matrix[i, j]) >= _HUGE_CORRELATION
+    ]
+    return tuple(sorted(pairs, key=lambda p: -abs(p[2])))
+
+
+def bound_hits(problem: Problem, theta: Array) -> dict[str, str]:
+    """Constants that lie on a bound. An offset of 0 is the law without the offset, and no fault."""
+    lower, upper = problem.bounds()
+    hits = {}
+    for p, value, low, high in zip(problem.law.free, theta, lower, upper):
+        margin = _AT_BOUND * (high - low)
+        if value <= low + margin and p.kind != "offset":
+            hits[p.name] = "at its lower bound" + {"amplitude": ": its term vanishes", "floor": " 0"}.get(p.kind, f" {low:g}")
+        elif value >= high - margin:
+            hits[p.name] = f"at its upper bound {high:g}" if p.kind == "exponent" else "at its upper bound"
+    return hits
+
+
+def flat_profiles(problem: Problem, theta: Array) -> dict[str, str]:
+    """Constants that can be halved or doubled, the others refitted, without a loss of fit that the F test would notice.
+
+    Taken on squared relative errors, where the test holds: accepted while RSS <= RSS_min (1 + F_.95(1, n - p) / (n - p)).
+    """
+    squares = problem.with_loss("log_mse")
+    spare = len(problem) - len(theta)
+    if spare < 1:
+        return {}
+    optimum, value = squares.minimise(theta, rounds=3)
+    allowed = value * (1 + float(stats.f.ppf(0.95, 1, spare)) / spare)
+    values = squares.values(optimum)
+    flat = {}
+    for p in problem.law.free:
+        if p.kind in ("amplitude", "offset"):
+            continue  # an amplitude follows its exponent; an offset is judged by its interval
+        for factor in (0.5, 2.0):
+            trial = values[p.name] * factor
+            if trial == values[p.name] or (p.kind == "floor" and trial >= problem.target_scale * problem.target.min()):
+                continue
+            held = squares.with_law(Change("fix", p.name, value=trial))
+            if held.minimise(held.theta(values), rounds=2)[1] <= allowed:
+                flat[p.name] = f"{'half' if factor < 1 else 'double'} its value fits as well"
+                break
+    return flat
+
+
+def design_limits(law: Law, data: ResultsData) -> dict[str, str]:
+    """Constants that the design cannot give whatever the noise: too few values of what they act on."""
+    limits: dict[str, str] = {}
+    if "N" not in law.inputs:
+        return limits
+    one_size = len(levels(data.N)) == 1
+    for term in law.terms:
+        for factor in term.factors:
+            if "N" in _inputs(factor.variable) and factor.variable != "N" and one_size:
+                size = f"only one model size (N = {np.median(data.N):.3g}); the share P alone moves it"
+                limits[factor.exponent] = size
+                limits[term.amplitude] = size
+    return limits
+
+
+def _inputs(variable: str) -> tuple[str, ...]:
+    from analysis.laws import VARIABLES
+
+    return VARIABLES[variable].inputs
+
+
+def wide_interval(parameter: Parameter, low: float, high: float) -> str | None:
+    """Why a 95% interval is too wide to name a value, or None."""
+    if parameter.kind == "offset":
+        return None if low > 0 and high / low <= WIDE_RATIO["offset"] else "its interval reaches 0"
+    if low <= 0 <= high:
+        return "its 95% interval contains 0"
+    ratio = max(abs(low), abs(high)) / min(abs(low), abs(high))
+    if ratio > WIDE_RATIO[parameter.kind]:
+        return f"its 95% interval spans a factor {ratio:.2g}"
+    return None
+
+
+def ties(law: Law) -> dict[str, list[str]]:
+    """Amplitude -> exponents of its term: the amplitude at v = 1 has no meaning where an exponent has none."""
+    return {term.amplitude: [f.exponent for f in term.factors] for term in law.terms}
+
+
+def describe_axis(axis: Axis) -> str:
+    """`N: 3 values, 1.2e5 to 9.8e5 (0.91 decades)`."""
+    noun = "value" if axis.n_levels == 1 else "values"
+    return f"{axis.name}: {axis.n_levels} {noun}, {axis.low:.3g} to {axis.high:.3g} ({axis.decades:.2f} decades)"

@@ -1,0 +1,264 @@
+"""Where concepts begin: the detectors, the decision, the ratio loss, and the controller that holds the rate.
+
+Every detector gives a score s_t in logits, which only depends on tokens up to t. The decision is
+
+    sampled (training):   b_t = [u_t < sigmoid((s_t + o_sample) / temperature)],   u_t uniform, keyed by (seed, step, token)
+    threshold (otherwise): b_t = [s_t + o_threshold >= 0]
+
+With both offsets zero these are the paper's rules: Bernoulli(p_sharp) in training, p_t >= 1/2 at inference. Training and
+inference disagree about the rate under those rules, because most p lie close to 1/2, so the two offsets are held apart,
+each by its own statistic (`BoundaryDetector.control`).
+
+Shape legend: T packed tokens, W token width, S scan width, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dlcm.concepts import Packing, shift
+from dlcm.config import BoundaryConfig
+from dlcm.layers import Linear
+
+# Cosines are kept this far from +-1, so that a score is at most about 14 logits in fp32.
+_COSINE_MARGIN = 1e-6
+# Gains of the running threshold on the newest batch quantile and on its trend; critically damped (rate^2 / 4).
+_QUANTILE_RATE = 0.05
+_TREND_RATE = _QUANTILE_RATE**2 / 4
+
+# Above any vocabulary, so that (position, token) pairs have keys of their own.
+_POSITION_STRIDE = 1 << 24
+_MASK_64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Boundaries:
+    """Decisions and statistics of one forward pass.
+
+    Attributes:
+        decision_T: b_t.
+        prob_T: p_t = sigmoid(s_t); one at the first token of every document.
+        score_T: s_t in logits, or None where there is no score (fixed, delimiter, injected).
+        sharp_prob_T: probability that the training decision draws from, or None.
+        quantile: the score that a share 1/R of all tokens reaches, or None: where the threshold should lie.
+    """
+
+    decision_T: Tensor
+    prob_T: Tensor
+    score_T: Tensor | None = None
+    sharp_prob_T: Tensor | None = None
+    quantile: Tensor | None = None
+
+
+def uniform_draws(seed: int, step: int, position_T: Tensor) -> Tensor:
+    """Uniform numbers in (0, 1), a pure function of (seed, step, position): no generator state to lose or to reorder.
+
+    The mixing function is the finaliser of SplitMix64 (Steele, Lea & Flood 2014) on a key that separates its arguments.
+    """
+    key = _mix_int(_mix_int(seed) ^ (step & _MASK_64))
+    mixed_T = _mix(position_T.to(torch.int64) * _signed(0x9E3779B97F4A7C15) + _signed(key))
+    # The upper 53 bits, centred in their cell: never 0 and never 1.
+    return (_shift_right(mixed_T, 11).double() + 0.5) * 2.0**-53
+
+
+def _signed(x: int) -> int:
+    x &= _MASK_64
+    return x - (1 << 64) if x >> 63 else x
+
+
+def _mix_int(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & _MASK_64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK_64
+    return x ^ (x >> 31)
+
+
+def _shift_right(x: Tensor, n: int) -> Tensor:
+    """Logical shift of int64, whose own shift repeats the sign bit."""
+    return (x >> n) & ((1 << (64 - n)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift_right(x, 31)
+
+
+def ratio_loss(rate: Tensor | float, prob_sum: Tensor, n_tokens: int | Tensor, ratio: float) -> Tensor:
+    """The ratio loss (eq 10): R^2 / (R - 1) (F - 1/R)(G - 1/R), with G = prob_sum / n_tokens.
+
+    This equals R / (R - 1) [(R - 1) F G + (1 - F)(1 - G)] - 1. It is a saddle, not a distance: -1 at (F, G) = (0, 1).
+
+    F and G are statistics of the whole global batch. `rate` must already be so (it carries no gradient); `prob_sum` may be
+    the part of one micro-batch or rank as long as `n_tokens` is the global count: the gradients of the parts then *add up*
+    to the gradient of the whole, while the values do only at F = 1/R. Where ranks are averaged rather than summed,
+    multiply by the number of ranks.
+
+    Args:
+        rate: F, the share of boundaries among all tokens of the global batch.
+        prob_sum: sum of p over the tokens at hand; carries the gradient.
+        n_tokens: tokens of the global batch.
+        ratio: R > 1.
+    """
+    return ratio**2 / (ratio - 1.0) * (rate - 1.0 / ratio) * (prob_sum / n_tokens - 1.0 / ratio)
+
+
+class BoundaryDetector(nn.Module):
+    """Scores, decides, and keeps the boundary rate at 1/R. One class; the detectors differ in their score alone."""
+
+    offset_sample: Tensor
+    offset_threshold: Tensor
+    threshold_trend: Tensor
+    delimiters_V4: Tensor
+
+    def __init__(self, config: BoundaryConfig, d_token: int, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.ratio = config.compression_ratio
+        if config.detector == "learned":
+            self.w_q = Linear(d_token, config.d_scan, side="token")
+            self.w_k = Linear(d_token, config.d_scan, side="token")
+        self.register_buffer("offset_sample", torch.zeros(()))
+        self.register_buffer("offset_threshold", torch.zeros(()))
+        self.register_buffer("threshold_trend", torch.zeros(()))
+        if config.detector.startswith("delimiter"):
+            # Rows: token ends one, starts one, holds one inside, always followed by a boundary. Filled from the tokenizer.
+            self.register_buffer("delimiters_V4", torch.zeros(vocab_size, 4, dtype=torch.bool))
+
+    @property
+    def is_controlled(self) -> bool:
+        """Whether the controller moves the offsets: only scores that are compared with something can be moved."""
+        return self.config.control == "bias" and self.config.detector in ("learned", "cosine", "random")
+
+    def forward(self, h_TW: Tensor, tokens_T: Tensor, packing: Packing, draws_T: Tensor | None = None) -> Boundaries:
+        """Decide the boundaries of packed tokens.
+
+        Args:
+            h_TW: encoder states.
+            tokens_T: token ids; delimiters and the random control at inference read them.
+            packing: documents.
+            draws_T: uniform numbers for the sampled decision of training; None decides by threshold.
+        """
+        detector, first_T = self.config.detector, packing.is_first_T
+        if detector == "fixed":
+            return self._certain(self._every_r(packing.position_T), first_T)
+        if detector.startswith("delimiter"):
+            return self._certain(self._after_delimiters(tokens_T, packing), first_T)
+        score_T = self._score(h_TW, tokens_T, packing)
+        top = torch.finfo(score_T.dtype).max
+        prob_T = score_T.sigmoid().masked_fill(first_T, 1.0)
+        # One probability serves the draw and the straight-through path. It does not sharpen a constant.
+        temperature = 1.0 if detector == "random" else self.config.temperature
+        sharp_T = ((score_T + self.offset_sample) / temperature).sigmoid().masked_fill(first_T, 1.0)
+        if detector == "random" and draws_T is None:
+            draws_T = self._draws_from_text(tokens_T, packing)
+        sampled = detector == "random" or (detector == "learned" and self.config.decision == "sample")
+        if sampled and draws_T is not None:
+            decision_T = draws_T.to(sharp_T.dtype) < sharp_T.detach()
+        else:
+            decision_T = score_T.detach() + self.offset_threshold >= 0
+        quantile = _upper_quantile(score_T.detach().masked_fill(first_T, top), 1.0 / self.ratio)
+        return Boundaries(decision_T | first_T, prob_T, score_T, sharp_T, quantile)
+
+    def _certain(self, decision_T: Tensor, first_T: Tensor) -> Boundaries:
+        decision_T = decision_T | first_T
+        return Boundaries(decision_T, decision_T.float())
+
+    def _every_r(self, position_T: Tensor) -> Tensor:
+        # floor(t / R) grows by one each R tokens on average, for any real R.
+        index_T = position_T.double()
+        return (index_T / self.ratio).floor() > ((index_T - 1) / self.ratio).floor()
+
+    def _after_delimiters(self, tokens_T: Tensor, packing: Packing) -> Tensor:
+        ends_T, starts_T, inside_T, always_T = self.delimiters_V4[tokens_T].unbind(1)
+        before_T2 = shift(torch.stack([ends_T, always_T], dim=1).to(torch.uint8), packing, 1).bool()
+        return (before_T2[:, 0] & starts_T) | inside_T | before_T2[:, 1]
+
+    def _draws_from_text(self, tokens_T: Tensor, packing: Packing) -> Tensor:
+        # At inference the random control must be causal and repeatable: a function of the position and of the token.
+        return uniform_draws(0, 0, packing.position_T * _POSITION_STRIDE + tokens_T)
+
+    def _score(self, h_TW: Tensor, tokens_T: Tensor, packing: Packing) -> Tensor:
+        """s_t = logit(p_t) = log(1 - cos) - log(1 + cos), with p_t = (1 - cos(q_{t-1}, k_t)) / 2 (eqs 5, 6)."""
+        if self.config.detector == "random":
+            return h_TW.new_full(tokens_T.shape, -math.log(self.ratio - 1.0), dtype=_wide(h_TW.dtype))
+        with torch.autocast(h_TW.device.type, enabled=False):
+            wide_TW = h_TW.to(_wide(h_TW.dtype))
+            if self.config.detector == "learned":
+                q_TS, k_TS = self.w_q(wide_TW), self.w_k(wide_TW)
+            else:
+                q_TS = k_TS = wide_TW
+            cosine_T = F.cosine_similarity(shift(q_TS, packing, 1), k_TS, dim=1, eps=1e-8)
+            cosine_T = cosine_T.clamp(-1 + _COSINE_MARGIN, 1 - _COSINE_MARGIN)
+            return torch.log1p(-cosine_T) - torch.log1p(cosine_T)
+
+    @torch.no_grad()
+    def control(self, rate: float, quantile: Tensor | None, *, first_step: bool = False) -> None:
+        """Move both offsets after a step towards a boundary rate of 1/R.
+
+        The sampling offset is an integral controller, o -= gain (F - 1/R) R: the sampled rate has no standing error and the
+        temperature bounds its slope, so the loop is stable. A threshold has no such bound (all scores may be nearly equal),
+        so its offset follows the running 1/R quantile of the scores instead, which is stable for any scale; a trend term keeps
+        it from lagging behind scores that drift as the model learns.
+
+        Args:
+            rate: F, the share of boundaries among the tokens of the global batch at this step.
+            quantile: of the scores of the global batch (`Boundaries.quantile`, averaged over micro-batches).
+            first_step: start the threshold (and the sampling offset) at the quantile instead of moving it there.
+        """
+        if not self.is_controlled or quantile is None:
+            return
+        if first_step:
+            self.offset_threshold.copy_(-quantile)
+            if self.config.detector == "learned":
+                self.offset_sample.copy_(-quantile)
+                return
+        else:
+            error = -quantile.to(self.offset_threshold.dtype) - self.offset_threshold
+            self.threshold_trend += _TREND_RATE * error
+            self.offset_threshold += _QUANTILE_RATE * error + self.threshold_trend
+        self.offset_sample -= self.config.control_gain * (rate * self.ratio - 1.0)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _upper_quantile(x_T: Tensor, share: float) -> Tensor | None:
+    """The value that a share of the elements reaches or exceeds."""
+    if x_T.numel() == 0:
+        return None
+    n = min(max(round(share * x_T.numel()), 1), x_T.numel())
+    return x_T.topk(n, sorted=False).values.min()
+
+
+def delimiter_table(token_bytes: list[bytes], vocab_size: int, granularity: str) -> Tensor:
+    """Which tokens end, start or hold a word or a sentence.
+
+    A word begins at a letter, digit or non-ASCII byte after any other byte (the rule of SpaceByte, read from the front); a
+    sentence begins at the white space after `.`, `!` or `?`, and after a line feed. A token that holds such a beginning
+    inside is a boundary itself, so every decision depends only on the token and the one before it.
+
+    Args:
+        token_bytes: the bytes of each token id; empty for special tokens.
+        vocab_size: rows of the table, at least `len(token_bytes)`.
+        granularity: `word` or `sentence`.
+
+    Returns:
+        bool (V, 4): ends one, starts one, holds a beginning inside, is always followed by a beginning.
+    """
+    table_V4 = torch.zeros(vocab_size, 4, dtype=torch.bool)
+    for i, text in enumerate(token_bytes):
+        if not text:
+            continue
+        if granularity == "word":
+            word = [chr(b).isalnum() if b < 128 else True for b in text]
+            inside = any(not a and b for a, b in zip(word, word[1:]))
+            table_V4[i] = torch.tensor([not word[-1], word[0], inside, False])
+        else:
+            inside = any(a in b".!?" and chr(b).isspace() for a, b in zip(text, text[1:])) or b"\n" in text[:-1]
+            table_V4[i] = torch.tensor([text[-1] in b".!?", chr(text[0]).isspace(), inside, text[-1:] == b"\n"])
+    return table_V4

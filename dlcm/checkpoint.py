@@ -1,0 +1,85 @@
+"""Checkpoints: written whole or not at all, resumed exactly, refused where they belong to another config."""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dlcm.config import SCHEMA_VERSION, RunConfig
+from dlcm.errors import UserError, parse
+from dlcm.record import read_json, write_atomic
+
+if TYPE_CHECKING:
+    from dlcm.model import Model
+
+# A checkpoint that turns out unreadable (a disk that filled, a lost block) costs one interval, not the run.
+N_KEPT = 2
+
+
+def save_checkpoint(run_dir: Path, step: int, config: RunConfig, state: dict[str, Any]) -> Path:
+    """Write `checkpoints/step-<step>.pt` atomically and delete all but the newest `N_KEPT`."""
+    buffer = io.BytesIO()
+    torch.save({"schema": SCHEMA_VERSION, "config_hash": config.hash, "step": step, **state}, buffer)
+    path = run_dir / "checkpoints" / f"step-{step:08d}.pt"
+    write_atomic(path, buffer.getvalue())
+    for old in checkpoint_paths(run_dir)[N_KEPT:]:
+        old.unlink()
+    return path
+
+
+def checkpoint_paths(run_dir: Path) -> list[Path]:
+    """Checkpoints of a run, newest first."""
+    return sorted((run_dir / "checkpoints").glob("step-*.pt"), reverse=True)
+
+
+def load_checkpoint(run_dir: Path, config: RunConfig) -> dict[str, Any] | None:
+    """The newest readable checkpoint, or None where there is none yet.
+
+    Raises:
+        UserError: checkpoints are there but none can be read, or they belong to another config.
+    """
+    paths = checkpoint_paths(run_dir)
+    faults = []
+    for path in paths:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many types for a damaged file
+            faults.append(f"{path.name}: {type(error).__name__}")
+            continue
+        if state.get("schema") != SCHEMA_VERSION or state.get("config_hash") != config.hash:
+            raise UserError(f"{path}: written for another config or version; use a new run directory or delete the checkpoints")
+        return state
+    if faults:
+        raise UserError(f"{run_dir / 'checkpoints'}: no readable checkpoint ({'; '.join(faults)}); delete them to start this run again")
+    return None
+
+
+def load_config(run_dir: Path) -> RunConfig:
+    """The config in `run.json`.
+
+    Raises:
+        UserError: no such run, or a config of another version.
+    """
+    path = run_dir / "run.json"
+    record = read_json(path)
+    if record.get("schema") != SCHEMA_VERSION:
+        raise UserError(f"{path}: schema {record.get('schema')!r}, this version reads {SCHEMA_VERSION}; use the version in env.json")
+    return parse(RunConfig, record.get("config"), f"{path}: config")
+
+
+def load_trained(run_dir: Path) -> tuple["Model", RunConfig]:
+    """The model of a run with the weights of its newest checkpoint, in evaluation mode.
+
+    Raises:
+        UserError: the run has no config or no checkpoint.
+    """
+    from dlcm.model import Model
+
+    config = load_config(run_dir)
+    state = load_checkpoint(run_dir, config)
+    if state is None:
+        raise UserError(f"{run_dir}: no checkpoint yet; train the run first")
+    model = Model(config.model)
+    model.load_state_dict(state["model"])
+    return model.eval(), config

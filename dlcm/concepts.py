@@ -1,0 +1,166 @@
+"""Segment arithmetic on packed sequences: pure functions, nothing learned.
+
+Shape legend: T tokens and K concepts of all documents, packed flat; S documents; W, C widths of tokens and concepts.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the sequences of a flat, packed tensor begin and end.
+
+    Attributes:
+        cu_seqlens_S1: int64 (S + 1), starts of the sequences and the total length; empty sequences are allowed.
+    """
+
+    cu_seqlens_S1: Tensor
+
+    @classmethod
+    def from_lengths(cls, lengths_S: Tensor) -> "Packing":
+        """Packing of sequences with these lengths."""
+        zero = lengths_S.new_zeros(1)
+        return cls(torch.cat([zero, lengths_S.cumsum(0)]))
+
+    @cached_property
+    def lengths_S(self) -> Tensor:
+        """Length of each sequence."""
+        return self.cu_seqlens_S1.diff()
+
+    @cached_property
+    def n_total(self) -> int:
+        """Total length T."""
+        return int(self.cu_seqlens_S1[-1])
+
+    @cached_property
+    def sequence_T(self) -> Tensor:
+        """Index of the sequence that each element belongs to."""
+        n = self.lengths_S.numel()
+        return torch.repeat_interleave(
+            torch.arange(n, device=self.lengths_S.device), self.lengths_S, output_size=self.n_total
+        )
+
+    @cached_property
+    def position_T(self) -> Tensor:
+        """Position of each element in its sequence, from 0."""
+        index_T = torch.arange(self.n_total, device=self.lengths_S.device)
+        return index_T - self.cu_seqlens_S1[self.sequence_T]
+
+    @cached_property
+    def is_first_T(self) -> Tensor:
+        """Whether an element is the first of its sequence."""
+        return self.position_T == 0
+
+    @cached_property
+    def buckets(self) -> tuple["Bucket", ...]:
+        """The non-empty sequences in right-padded groups of similar length (within a factor of two)."""
+        lengths = self.lengths_S.tolist()
+        groups: dict[int, list[int]] = {}
+        for i, length in enumerate(lengths):
+            if length:
+                groups.setdefault((length - 1).bit_length(), []).append(i)
+        if len(groups) <= 1 and len(set(lengths)) <= 1:
+            return tuple(Bucket(torch.tensor(group), max(lengths), True) for group in groups.values())
+        device = self.lengths_S.device
+        return tuple(
+            Bucket(torch.tensor(group, device=device), max(lengths[i] for i in group), False)
+            for _, group in sorted(groups.items())
+        )
+
+    def index_NL(self, bucket: "Bucket") -> tuple[Tensor, Tensor]:
+        """Flat index of every padded place of a bucket, and which places are real; padding points at the first element."""
+        column_L = torch.arange(bucket.length, device=self.lengths_S.device)
+        real_NL = column_L < self.lengths_S[bucket.sequences_N, None]
+        index_NL = (self.cu_seqlens_S1[bucket.sequences_N, None] + column_L) * real_NL
+        return index_NL, real_NL
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences that are padded to one length together; `regular`: all sequences are here and none needs padding."""
+
+    sequences_N: Tensor
+    length: int
+    regular: bool
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Concepts of packed tokens: concept k is the run of tokens from one boundary to before the next.
+
+    Attributes:
+        tokens: packing of the tokens into documents.
+        concepts: packing of the concepts into the same documents.
+        segment_T: index into the flat concepts, of the segment that each token belongs to.
+        lengths_K: tokens in each segment.
+    """
+
+    tokens: Packing
+    concepts: Packing
+    segment_T: Tensor
+    lengths_K: Tensor
+
+    @cached_property
+    def starts_K(self) -> Tensor:
+        """Flat token index of the first token of each segment."""
+        return self.lengths_K.cumsum(0) - self.lengths_K
+
+    @cached_property
+    def ordinal_T(self) -> Tensor:
+        """j(t): index of the token's segment within its document, from 0."""
+        return self.concepts.position_T[self.segment_T]
+
+    @cached_property
+    def offset_T(self) -> Tensor:
+        """Position of the token within its segment, from 0."""
+        index_T = torch.arange(self.segment_T.numel(), device=self.segment_T.device)
+        return index_T - self.starts_K[self.segment_T]
+
+
+def segment(boundaries_T: Tensor, tokens: Packing) -> Segments:
+    """Cut packed tokens at their boundaries; b_t = 1 starts a concept.
+
+    Args:
+        boundaries_T: bool; the first token of every document must be a boundary.
+        tokens: packing of the tokens into documents.
+
+    Raises:
+        ValueError: a document that does not start with a boundary would share a concept with the one before it.
+    """
+    if boundaries_T.shape != (tokens.n_total,) or boundaries_T.dtype != torch.bool:
+        raise ValueError(f"boundaries must be bool of shape ({tokens.n_total},), got {boundaries_T.dtype} {tuple(boundaries_T.shape)}")
+    if not bool(boundaries_T[tokens.is_first_T].all()):
+        raise ValueError("the first token of every document must be a boundary")
+    starts_K = boundaries_T.nonzero().squeeze(1)
+    end = torch.tensor([tokens.n_total], device=starts_K.device)
+    lengths_K = torch.cat([starts_K, end]).diff()
+    per_document_S = torch.zeros_like(tokens.lengths_S).index_add_(
+        0, tokens.sequence_T[starts_K], torch.ones_like(starts_K)
+    )
+    return Segments(tokens, Packing.from_lengths(per_document_S), boundaries_T.cumsum(0) - 1, lengths_K)
+
+
+def pool_mean(x_TW: Tensor, segments: Segments) -> Tensor:
+    """Mean of the token states of each segment (eq 7), accumulated in at least fp32. Returns (K, W) in the dtype of x."""
+    wide = x_TW if x_TW.dtype == torch.float64 else x_TW.float()
+    sums_KW = wide.new_zeros(segments.lengths_K.numel(), x_TW.shape[1]).index_add(0, segments.segment_T, wide)
+    return (sums_KW / segments.lengths_K[:, None]).to(x_TW.dtype)
+
+
+def pool_first(x_TW: Tensor, segments: Segments) -> Tensor:
+    """State of the boundary token of each segment. Returns (K, W)."""
+    return x_TW[segments.starts_K]
+
+
+def shift(x_KC: Tensor, packing: Packing, n: int) -> Tensor:
+    """x_{k-n} for every k, zero where that would lie before the start of k's sequence. Causal by construction."""
+    if n == 0:
+        return x_KC
+    if n >= x_KC.shape[0]:
+        return torch.zeros_like(x_KC)
+    moved_KC = torch.cat([x_KC.new_zeros(n, x_KC.shape[1]), x_KC[:-n]])
+    return moved_KC * (packing.position_T >= n)[:, None]

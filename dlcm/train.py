@@ -1,0 +1,394 @@
+"""One run: train(config, run_dir) -> Result. Everything it says is a file of the run directory.
+
+    run.json            the whole config            env.json         code, versions, machine
+    metrics.jsonl       one line a log interval     checkpoints/     the newest two, atomic
+    result.json         written last: its presence is what "finished" means
+
+A run is a function of its config: data order and boundary draws depend on (seed, step, position) alone, and a run that was
+killed continues from its last checkpoint to the same bits (CPU, same number of threads).
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlcm.boundary import delimiter_table, ratio_loss, uniform_draws
+from dlcm.checkpoint import load_checkpoint, save_checkpoint
+from dlcm.config import SCHEMA_VERSION, RunConfig
+from dlcm.errors import UserError
+from dlcm.model import Model, build_model, next_token_loss
+from dlcm.optim import build_optimizer, lr_factor
+from dlcm.provenance import describe_environment
+from dlcm.record import append_metrics, cut_metrics, read_json, run_lock, write_json
+from dlcm.shards import Batch, Corpus, open_corpus
+
+# The last share of steps over which the realised R in training is averaged.
+FINAL_SHARE = 0.1
+# Weight of the past in the running loss that decides about divergence.
+_RUNNING_LOSS_DECAY = 0.9
+# Tokens of one validation forward pass.
+_VALIDATION_BATCH_TOKENS = 8_192
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands; passed to `on_step` after every step."""
+
+    step: int
+    n_steps: int
+    tokens: int
+    loss_nats: float
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """The content of `result.json`. Losses are nats per token on the validation set; None where the run diverged."""
+
+    run_id: str
+    status: str
+    step: int
+    tokens: int
+    loss_nats: float | None
+    bits_per_byte: float | None
+    tokens_per_concept: float | None
+    tokens_per_concept_train: float | None
+    epochs: float
+    params: dict[str, int]
+    wall_s: float
+    device: str
+    reason: str | None = None
+    schema: int = SCHEMA_VERSION
+
+
+@dataclass
+class _Tally:
+    """Sums that a resumed run must continue from. Plain numbers, stored in the checkpoint."""
+
+    loss_sum: float = 0.0
+    boundary_sum: float = 0.0
+    prob_sum: float = 0.0
+    n_tokens: int = 0
+    final_tokens: int = 0
+    final_concepts: int = 0
+    running_loss: float | None = None
+    wall_s: float = 0.0
+
+    def reset_interval(self) -> None:
+        self.loss_sum = self.boundary_sum = self.prob_sum = 0.0
+        self.n_tokens = 0
+
+
+@dataclass
+class _StepSums:
+    """Sums over the micro-batches of one step."""
+
+    loss: float = 0.0
+    concepts: int = 0
+    prob: float = 0.0
+    quantiles: list[Tensor] = field(default_factory=list)
+
+
+def train(config: RunConfig, run_dir: Path | str, *, on_step: Callable[[Progress], None] | None = None) -> Result:
+    """Train one run, or continue it, or return what it found.
+
+    Args:
+        config: the run.
+        run_dir: its directory; made if absent. A finished run is not touched.
+        on_step: called after every step.
+
+    Returns:
+        The result, with status `finished`, or `diverged` with the reason: divergence is a result, not an error.
+
+    Raises:
+        UserError: the directory holds another run, the corpus is missing, the tokenizer does not fit the model.
+        RunBusyError: another process is training this run.
+    """
+    run_dir = Path(run_dir)
+    with run_lock(run_dir):
+        _claim(config, run_dir)
+        if (run_dir / "result.json").exists():
+            return load_result(run_dir)
+        return _Trainer(config, run_dir).run(on_step)
+
+
+def load_result(run_dir: Path) -> Result:
+    """Read `result.json` of a finished run.
+
+    Raises:
+        UserError: absent, damaged, or of another schema.
+    """
+    path = run_dir / "result.json"
+    record = read_json(path)
+    if record.get("schema") != SCHEMA_VERSION:
+        raise UserError(f"{path}: schema {record.get('schema')!r}, this version reads {SCHEMA_VERSION}")
+    try:
+        return Result(**record)
+    except TypeError as error:
+        raise UserError(f"{path}: {error}; delete it and submit the run again") from None
+
+
+def _claim(config: RunConfig, run_dir: Path) -> None:
+    """Write `run.json`, or check that the directory already belongs to this very config."""
+    path = run_dir / "run.json"
+    if path.exists():
+        if read_json(path).get("run_id") != config.run_id:
+            raise UserError(f"{path}: belongs to another run; choose a new run directory")
+        return
+    write_json(path, {"schema": SCHEMA_VERSION, "run_id": config.run_id, "config": config.model_dump(mode="json")})
+
+
+class _Trainer:
+    """State and steps of one run."""
+
+    def __init__(self, config: RunConfig, run_dir: Path) -> None:
+        self.config, self.run_dir = config, run_dir
+        self.corpus = open_corpus(config.data)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device_name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+        bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and self.device.type == "cuda")
+        self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
+        self.model = prepare_model(config, self.corpus).to(self.device)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.tally, self.step = _Tally(), 0
+        self.metrics_path = run_dir / "metrics.jsonl"
+
+    def run(self, on_step: Callable[[Progress], None] | None) -> Result:
+        """Train from the last checkpoint, or from the start, to the end."""
+        self._restore()
+        write_json(self.run_dir / "env.json", describe_environment(self.device_name, torch.get_num_threads()))
+        clock = time.perf_counter()
+        reason = None
+        while self.step < self.config.n_steps and reason is None:
+            started = time.perf_counter()
+            loss, grad_norm = self._train_step()
+            self.step += 1
+            tokens_per_s = self.config.train.batch_tokens / (time.perf_counter() - started)
+            reason = self._divergence(loss)
+            last = self.step == self.config.n_steps
+            if last or reason or self.step % self.config.train.log_every == 0:
+                self._log(grad_norm, tokens_per_s)
+            if not reason and (last or self.step % self.config.train.checkpoint_every == 0):
+                self.tally.wall_s += time.perf_counter() - clock
+                clock = time.perf_counter()
+                self._save()
+            if on_step is not None:
+                on_step(Progress(self.step, self.config.n_steps, self._tokens, loss, tokens_per_s))
+        result = self._result(reason, self.tally.wall_s + time.perf_counter() - clock)
+        write_json(self.run_dir / "result.json", asdict(result))
+        return result
+
+    @property
+    def _tokens(self) -> int:
+        return self.step * self.config.train.batch_tokens
+
+    def _restore(self) -> None:
+        state = load_checkpoint(self.run_dir, self.config)
+        if state is not None:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.tally = state["step"], _Tally(**state["tally"])
+        cut_metrics(self.metrics_path, self.step)
+
+    def _save(self) -> None:
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "tally": asdict(self.tally)}
+        save_checkpoint(self.run_dir, self.step, self.config, state)
+
+    def _train_step(self) -> tuple[float, float]:
+        """One optimizer step. Returns the language-model loss in nats per token and the gradient norm before clipping."""
+        config = self.config
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_factor(config, self.step)
+        batch = self.corpus.train.batch(
+            self.step, seed=config.seed, batch_tokens=config.train.batch_tokens, seq_len=config.data.seq_len
+        )
+        parts = [self._to_device(part) for part in _micro_batches(batch, config)]
+        rate = self._global_rate(parts)
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = _StepSums()
+        for part in parts:
+            self._backward(part, rate, sums)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip_norm)
+        # A step along a gradient that is not finite would destroy the weights of a run whose divergence is a result.
+        if math.isfinite(float(norm)):
+            self.optimizer.step()
+        self._account(sums)
+        return sums.loss / config.train.batch_tokens, float(norm)
+
+    def _to_device(self, part: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        tokens_T, targets_T, cu_seqlens, position_T = (x.to(self.device, non_blocking=True) for x in part)
+        return tokens_T, targets_T, cu_seqlens, uniform_draws(self.config.seed, self.step, position_T)
+
+    def _global_rate(self, parts: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> float | None:
+        """F over the whole batch, before any gradient: with several micro-batches the encoder runs once more for it."""
+        if len(parts) == 1 or not self._has_ratio_loss:
+            return None
+        with self.autocast:
+            count = sum(self.model.boundary_rate(tokens, cu, draws) for tokens, _, cu, draws in parts)
+        return count / self.config.train.batch_tokens
+
+    @property
+    def _has_ratio_loss(self) -> bool:
+        boundary = self.config.model.boundary
+        return boundary is not None and boundary.detector == "learned" and boundary.ratio_loss_weight > 0
+
+    def _backward(self, part: tuple[Tensor, Tensor, Tensor, Tensor], rate: float | None, sums: _StepSums) -> None:
+        tokens_T, targets_T, cu_seqlens, draws_T = part
+        n_tokens = self.config.train.batch_tokens
+        with self.autocast:
+            out = self.model(tokens_T, cu_seqlens=cu_seqlens, draws=draws_T)
+        loss_sum = next_token_loss(out, targets_T, reduction="sum")
+        objective = loss_sum / n_tokens
+        boundary = self.config.model.boundary
+        if boundary is not None and self._has_ratio_loss:
+            rate = out.n_concepts / n_tokens if rate is None else rate
+            aux = ratio_loss(rate, out.boundary_prob.sum(), n_tokens, boundary.compression_ratio)
+            objective = objective + boundary.ratio_loss_weight * aux
+        objective.backward()
+        sums.loss += float(loss_sum.detach())
+        sums.concepts += out.n_concepts
+        sums.prob += float(out.boundary_prob.detach().sum())
+        if out.detection is not None and out.detection.quantile is not None:
+            sums.quantiles.append(out.detection.quantile)
+
+    def _account(self, sums: _StepSums) -> None:
+        """Move the ratio controller and add the step to the running sums."""
+        n_tokens, tally = self.config.train.batch_tokens, self.tally
+        if sums.quantiles:
+            quantile = torch.stack(sums.quantiles).mean()
+            self.model.boundary.control(sums.concepts / n_tokens, quantile, first_step=self.step == 0)
+        tally.loss_sum += sums.loss
+        tally.boundary_sum += sums.concepts
+        tally.prob_sum += sums.prob
+        tally.n_tokens += n_tokens
+        if self.step >= self.config.n_steps - max(round(FINAL_SHARE * self.config.n_steps), 1):
+            tally.final_tokens += n_tokens
+            tally.final_concepts += sums.concepts
+
+    def _divergence(self, loss: float) -> str | None:
+        """Why the run counts as diverged, or None."""
+        if not math.isfinite(loss):
+            return f"loss is {loss} at step {self.step}"
+        before = self.tally.running_loss
+        running = loss if before is None else _RUNNING_LOSS_DECAY * before + (1 - _RUNNING_LOSS_DECAY) * loss
+        self.tally.running_loss = running
+        limit = self.config.train.divergence_factor * math.log(self.config.model.vocab_size)
+        if running > limit:
+            return f"running loss {running:.3f} nats is above {limit:.3f} (divergence_factor x ln V) at step {self.step}"
+        return None
+
+    def _log(self, grad_norm: float, tokens_per_s: float) -> None:
+        tally = self.tally
+        row: dict[str, Any] = {
+            "step": self.step,
+            "tokens": self._tokens,
+            "loss_nats": tally.loss_sum / tally.n_tokens,
+            "lr": self.config.optim.lr_token * lr_factor(self.config, self.step - 1),
+            "boundary_rate": tally.boundary_sum / tally.n_tokens,
+            "boundary_prob": tally.prob_sum / tally.n_tokens,
+            "tokens_per_concept": tally.n_tokens / max(tally.boundary_sum, 1),
+            "tokens_per_s": round(tokens_per_s, 1),
+            "grad_norm": grad_norm,
+        }
+        append_metrics(self.metrics_path, {k: v if math.isfinite(v) else None for k, v in row.items()})
+        tally.reset_interval()
+
+    def _result(self, reason: str | None, wall_s: float) -> Result:
+        tally = self.tally
+        measured = None if reason else evaluate_loss(self.model, self.corpus, self.config, self.autocast)
+        return Result(
+            run_id=self.config.run_id,
+            status="diverged" if reason else "finished",
+            step=self.step,
+            tokens=self._tokens,
+            loss_nats=measured.loss_nats if measured else None,
+            bits_per_byte=measured.bits_per_byte if measured else None,
+            tokens_per_concept=measured.tokens_per_concept if measured else None,
+            tokens_per_concept_train=tally.final_tokens / tally.final_concepts if tally.final_concepts else None,
+            epochs=self.corpus.train.epochs(self._tokens),
+            params=parameter_counts(self.model),
+            wall_s=round(wall_s, 3),
+            device=self.device_name,
+            reason=reason,
+        )
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Loss on the fixed validation set."""
+
+    loss_nats: float
+    bits_per_byte: float
+    tokens_per_concept: float
+
+
+@torch.no_grad()
+def evaluate_loss(model: Model, corpus: Corpus, config: RunConfig, autocast: torch.autocast | None = None) -> Validation:
+    """Mean loss over the fixed validation windows, with thresholded boundaries as at inference.
+
+    bits per byte = total nats / ln 2 / UTF-8 bytes of the predicted tokens; the end of a document is predicted but has none.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    autocast = autocast or torch.autocast(device.type, enabled=False)
+    nats, n_tokens, n_concepts, n_bytes = 0.0, 0, 0, 0
+    for batch in corpus.validation.windows(config.data.seq_len, config.data.validation_tokens, _VALIDATION_BATCH_TOKENS):
+        tokens_T, targets_T = torch.from_numpy(batch.tokens_T).to(device), torch.from_numpy(batch.targets_T).to(device)
+        with autocast:
+            out = model(tokens_T, cu_seqlens=torch.from_numpy(batch.cu_seqlens).to(device))
+        nats += float(next_token_loss(out, targets_T, reduction="sum"))
+        n_tokens += batch.tokens_T.size
+        n_concepts += out.n_concepts
+        n_bytes += corpus.target_bytes(batch)
+    return Validation(nats / n_tokens, nats / math.log(2) / max(n_bytes, 1), n_tokens / max(n_concepts, 1))
+
+
+def prepare_model(config: RunConfig, corpus: Corpus) -> Model:
+    """Build the model of a run and give it what it needs of the tokenizer.
+
+    Raises:
+        UserError: the tokenizer has more tokens than the model has embeddings.
+    """
+    tokenizer = corpus.tokenizer
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"data.tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} tokens, model.vocab_size is "
+            f"{config.model.vocab_size}; set model.vocab_size to {tokenizer.vocab_size} or choose another tokenizer"
+        )
+    model = build_model(config.model, seed=config.seed)
+    boundary = config.model.boundary
+    if boundary is not None and boundary.detector.startswith("delimiter_"):
+        granularity = boundary.detector.removeprefix("delimiter_")
+        table = delimiter_table(tokenizer.token_bytes(), config.model.vocab_size, granularity)
+        model.boundary.delimiters_V4.copy_(table)
+    return model
+
+
+def parameter_counts(model: Model) -> dict[str, int]:
+    """Parameters by group, counted on the model: total = embedding + token + concept (the backbone's blocks)."""
+    total = sum(p.numel() for p in model.parameters())
+    tables = {id(p): p.numel() for p in (model.embedding.weight, model.unembedding.weight)}
+    concept = 0 if model.config.is_dense else sum(p.numel() for p in model.concepts.blocks.parameters())
+    embedding = sum(tables.values())
+    return {"total": total, "embedding": embedding, "token": total - embedding - concept, "concept": concept}
+
+
+def _micro_batches(batch: Batch, config: RunConfig) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Tokens, targets, cu_seqlens and stream positions of each micro-batch; windows are never cut."""
+    seq_len, size = config.data.seq_len, config.train.micro_batch_tokens or config.train.batch_tokens
+    tokens_T, targets_T = torch.from_numpy(batch.tokens_T), torch.from_numpy(batch.targets_T)
+    cu_seqlens = torch.from_numpy(batch.cu_seqlens).long()
+    position_T = (torch.from_numpy(batch.windows).long()[:, None] + torch.arange(seq_len)).flatten()
+    parts = []
+    for start in range(0, tokens_T.numel(), size):
+        inside = (cu_seqlens >= start) & (cu_seqlens <= start + size)
+        part = slice(start, start + size)
+        parts.append((tokens_T[part], targets_T[part], cu_seqlens[inside] - start, position_T[part]))
+    return parts

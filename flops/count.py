@@ -1,0 +1,200 @@
+"""What a configuration costs: parameters and FLOPs by component, in closed form from `flops.ops`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dlcm.config import ModelConfig
+from dlcm.errors import UserError
+from flops import ops
+
+COMPONENTS = (
+    "embedding", "encoder", "boundary", "pooling", "backbone", "smoothing", "cross_attention", "decoder", "head",
+)  # fmt: skip
+Cross = Literal["exact", "replicated"]
+
+
+@dataclass(frozen=True)
+class ParamCount:
+    """Parameters of a model. P is defined over the non-embedding parameters.
+
+    Attributes:
+        embedding: embedding and unembedding.
+        token: everything on the token side: encoder, decoder, cross-attention, boundary, pooling, smoother, final norm.
+        concept: the layers of the concept backbone, and nothing else.
+        components: the same by component; the components sum to the total.
+    """
+
+    embedding: int
+    token: int
+    concept: int
+    components: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.embedding + self.token + self.concept
+
+    @property
+    def non_embedding(self) -> int:
+        """N without embedding and unembedding."""
+        return self.token + self.concept
+
+    @property
+    def concept_share(self) -> float:
+        """P, the backbone's share of the non-embedding parameters; 0 for a dense model."""
+        return self.concept / self.non_embedding
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """FLOPs of one sequence (a packed window) by component, and its twin with attention scores as full squares.
+
+    Attributes:
+        n_tokens: length of the sequence, L.
+        tokens_per_concept: R at which it was counted; 1 for a dense model.
+        components: forward FLOPs of the sequence by component.
+        full_square: the same count with every attention as a full square; None on that twin itself.
+    """
+
+    n_tokens: int
+    tokens_per_concept: float
+    components: Mapping[str, float]
+    full_square: "FlopCount | None" = None
+
+    @property
+    def forward(self) -> float:
+        """Forward FLOPs of the sequence."""
+        return math.fsum(self.components.values())
+
+    @property
+    def training(self) -> float:
+        """Forward and backward FLOPs of the sequence, without recomputation."""
+        return ops.TRAINING_FACTOR * self.forward
+
+    @property
+    def forward_per_token(self) -> float:
+        """Forward FLOPs over tokens."""
+        return self.forward / self.n_tokens
+
+    @property
+    def training_per_token(self) -> float:
+        """Training FLOPs over tokens."""
+        return self.training / self.n_tokens
+
+    def share(self, component: str) -> float:
+        """The component's share of the forward FLOPs."""
+        return self.components[component] / self.forward
+
+
+def parameters(config: ModelConfig) -> ParamCount:
+    """Parameters of `config` by group and component (closed form, equal to the built model's).
+
+    Args:
+        config: DLCM or dense.
+
+    Returns:
+        Exact integers.
+    """
+    c = config
+    token_layer = ops.layer_parameters(c.d_token, c.n_heads_token, c.n_kv_heads_token, c.d_head, c.d_ff_token)
+    embedding = ops.embedding_parameters(c.vocab_size, c.d_token, tied=True)
+    head = 0 if c.tie_embeddings else embedding
+    parts = dict.fromkeys(COMPONENTS, 0)
+    parts |= {"embedding": embedding, "encoder": c.n_encoder_layers * token_layer, "head": head + c.d_token}
+    if not c.is_dense:
+        assert c.boundary is not None  # the config's own check; narrows the type
+        smoothed = c.smoothing == "causal"
+        between = ops.concept_side_parameters(c.d_token, c.d_concept, smoothed=False, with_null=c.pooling == "mean")
+        cross = ops.cross_parameters(c.d_token, c.d_concept, c.n_heads_token, c.n_kv_heads_token, c.d_head)
+        backbone = ops.layer_parameters(c.d_concept, c.n_heads_concept, c.n_kv_heads_concept, c.d_head, c.d_ff_concept)
+        learned = c.boundary.detector == "learned"
+        parts |= {
+            "boundary": ops.boundary_parameters(c.d_token, c.boundary.d_scan) if learned else 0,
+            "pooling": between,
+            "backbone": c.n_concept_layers * backbone,
+            "smoothing": ops.SMOOTHER_WIDTH * c.d_concept if smoothed else 0,
+            "cross_attention": c.n_cross_attentions * cross,
+            "decoder": c.n_decoder_layers * token_layer,
+        }
+    concept = parts["backbone"]
+    return ParamCount(embedding + head, sum(parts.values()) - embedding - head - concept, concept, parts)
+
+
+def count(
+    config: ModelConfig,
+    seq_len: int = 2048,
+    tokens_per_concept: float | None = None,
+    *,
+    cross: Cross = "exact",
+    documents: Sequence[int] | None = None,
+    concepts: Sequence[float] | None = None,
+) -> FlopCount:
+    """FLOPs of one sequence through `config`.
+
+    Attention never crosses a document, so a packed window of several documents costs less than one document of its
+    length: S = sum of L_i²/2. Everything else depends on the total only.
+
+    Args:
+        config: DLCM or dense.
+        seq_len: tokens of the sequence, one document unless `documents` is given.
+        tokens_per_concept: realised R; the config's target by default. Ignored for a dense model.
+        cross: `exact` counts token-to-concept scores once per visible concept (L·M/2), `replicated` once per
+            visible token (L²/2), as concept replication computes them.
+        documents: lengths in tokens of the documents packed in the sequence; they replace `seq_len`.
+        concepts: concepts of each document where they are known; length over R by default.
+
+    Returns:
+        The causal count, with its full-square twin at `.full_square`.
+
+    Raises:
+        UserError: lengths or R that no sequence can have.
+    """
+    lengths = [seq_len] if documents is None else [int(n) for n in documents]
+    ratio = 1.0 if config.is_dense else float(tokens_per_concept or config.compression_target)
+    if not lengths or min(lengths) < 0 or sum(lengths) < 1:
+        raise UserError(f"a FLOP count needs a sequence of at least one token, got lengths {lengths[:8]}")
+    if ratio < 1.0:
+        raise UserError(f"tokens_per_concept = {ratio:g} is below 1; a concept holds at least one token")
+    counts = [n / ratio for n in lengths] if concepts is None else list(concepts)
+    if len(counts) != len(lengths):
+        raise UserError(f"{len(counts)} concept counts for {len(lengths)} documents; give one for each")
+    n_tokens, n_concepts = sum(lengths), sum(counts)
+    if n_concepts and concepts is not None:
+        ratio = n_tokens / n_concepts
+    causal = (
+        math.fsum(ops.causal_pairs(n) for n in lengths),
+        math.fsum(ops.causal_pairs(m) for m in counts),
+        math.fsum(ops.cross_pairs(n, m, cross == "replicated") for n, m in zip(lengths, counts)),
+    )
+    square = FlopCount(n_tokens, ratio, _components(config, n_tokens, n_concepts, tuple(2 * pairs for pairs in causal)))
+    return FlopCount(n_tokens, ratio, _components(config, n_tokens, n_concepts, causal), square)
+
+
+def _components(
+    config: ModelConfig, n_tokens: float, n_concepts: float, pairs: tuple[float, ...]
+) -> Mapping[str, float]:
+    """Forward FLOPs by component; `pairs` are those of token, concept and cross attention (a full square is twice half)."""
+    c, (token_pairs, concept_pairs, cross_pairs) = config, pairs
+    heads = (c.n_heads_token, c.n_kv_heads_token, c.d_head)
+    token_layer = ops.layer(n_tokens, token_pairs, c.d_token, *heads, c.d_ff_token)
+    parts: dict[str, float] = dict.fromkeys(COMPONENTS, 0.0)
+    parts |= {"encoder": c.n_encoder_layers * token_layer, "head": ops.logits(n_tokens, c.d_token, c.vocab_size)}
+    if c.is_dense:
+        return parts
+    assert c.boundary is not None  # the config's own check; narrows the type
+    backbone = ops.layer(
+        n_concepts, concept_pairs, c.d_concept, c.n_heads_concept, c.n_kv_heads_concept, c.d_head, c.d_ff_concept
+    )
+    cross = ops.cross_projections(n_tokens, n_concepts, c.d_token, c.d_concept, *heads)
+    cross += ops.attention_scores(cross_pairs, c.n_heads_token, c.d_head)
+    parts |= {
+        "boundary": ops.boundary(n_tokens, c.d_token, c.boundary.d_scan) if c.boundary.detector == "learned" else 0.0,
+        "pooling": ops.pooling(n_concepts, c.d_token, c.d_concept),
+        "backbone": c.n_concept_layers * backbone,
+        "smoothing": ops.smoothing(n_concepts, c.d_concept) if c.smoothing == "causal" else 0.0,
+        "cross_attention": c.n_cross_attentions * cross,
+        "decoder": c.n_decoder_layers * token_layer,
+    }
+    return parts

@@ -1,0 +1,157 @@
+"""Axes over config fields by dotted path and over design variables; their expansion into points.
+
+A point is a flat mapping: dotted path of a `RunConfig` field, or one of the design variables `size` and `concept_share`,
+which name no field because the shape solver turns them into several.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from dlcm.config import Frozen, RunConfig
+from dlcm.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from sweeps.spec import Axes
+
+# Names that stand for a config field: one way to write it, one way to store it.
+ALIASES = {"compression_ratio": "model.boundary.compression_ratio", "boundary": "model.boundary.detector"}
+# Names that the shape solver consumes.
+DESIGN = ("size", "concept_share")
+# Keys whose values may be written as 0.3M.
+COUNTS = ("size", "train.tokens", "train.batch_tokens", "train.micro_batch_tokens")
+_UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+
+
+def parse_count(value: Any) -> Any:
+    """A number, or a number with k, M, B or T behind it: `0.3M` is 300,000. Other values are returned as they are."""
+    if isinstance(value, str) and value and value[-1].lower() in _UNITS:
+        try:
+            # The product of two floats is off in the last place (0.3 * 1e6); counts are read to 12 digits.
+            return float(f"{float(value[:-1].replace('_', '')) * _UNITS[value[-1].lower()]:.12g}")
+        except ValueError:
+            return value
+    return value
+
+
+@functools.cache
+def valid_paths() -> tuple[str, ...]:
+    """Every key that an axis may name: fields of the run config by dotted path, design variables, their short names."""
+    return (*_leaves(RunConfig), *DESIGN, *ALIASES)
+
+
+def _leaves(model: type[Frozen], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        nested = _config_in(field.annotation)
+        if nested is None:
+            yield prefix + name
+        else:
+            yield from _leaves(nested, f"{prefix}{name}.")
+
+
+def _config_in(annotation: Any) -> type[Frozen] | None:
+    candidates = (annotation, *getattr(annotation, "__args__", ()))
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Frozen)), None)
+
+
+def canonical(path: str, where: str) -> str:
+    """The stored name of `path`.
+
+    Raises:
+        UserError: no such key, with the nearest valid one.
+    """
+    if path not in valid_paths():
+        raise UserError(f"{where}: unknown key {path!r}{_suggest(path)}")
+    return ALIASES.get(path, path)
+
+
+def _suggest(path: str) -> str:
+    """The nearest key; where none is near, the keys that start or end alike rather than all sixty."""
+    valid = valid_paths()
+    head, _, leaf = path.rpartition(".")
+    near = nearest(path, valid)
+    if near.startswith("; did"):
+        return near
+    same_leaf = [name for name in valid if nearest(leaf, [name.rpartition(".")[2]]).startswith("; did")]
+    if same_leaf:
+        return nearest(leaf, [min(same_leaf, key=len)]) if not head else f"; did you mean {min(same_leaf, key=len)!r}?"
+    siblings = [name for name in valid if name.startswith(head + ".")] if head else []
+    groups = (*RunConfig.model_fields, *DESIGN, *ALIASES)
+    return f"; valid: {', '.join(siblings or groups)}"
+
+
+def check_paths(values: Mapping[str, Any], where: str, seen: dict[str, str]) -> dict[str, Any]:
+    """`values` under canonical names.
+
+    Args:
+        values: key -> anything.
+        where: place, for messages.
+        seen: canonical names used by earlier blocks, extended here; one key in two blocks would be ambiguous.
+
+    Raises:
+        UserError: unknown key, or a key given twice.
+    """
+    result = {}
+    for key, value in values.items():
+        name = canonical(str(key), where)
+        if name in seen:
+            raise UserError(f"{where}: {key!r} is given twice, here and as {seen[name]}; keep one")
+        seen[name] = f"{where.rpartition(': ')[2]}.{key}"
+        result[name] = value
+    return result
+
+
+def flatten(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A nested mapping as a flat one by canonical dotted path.
+
+    Raises:
+        UserError: unknown key, a key given twice, or a value where a block is expected.
+    """
+    result: dict[str, Any] = {}
+
+    def walk(block: Mapping[str, Any], prefix: str) -> None:
+        for key, value in block.items():
+            path = f"{prefix}{key}"
+            if any(name.startswith(path + ".") for name in valid_paths()):
+                if not isinstance(value, Mapping):
+                    raise UserError(f"{where}: {path!r}: expected a mapping of keys to values, got {value!r}")
+                walk(value, path + ".")
+                continue
+            name = canonical(path, where)
+            if name in result:
+                raise UserError(f"{where}: {path!r} is given twice; keep one")
+            result[name] = value
+
+    walk(values, "")
+    return result
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested mapping that `flatten` came from."""
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split(".")
+        block = nested
+        for parent in parents:
+            block = block.setdefault(parent, {})
+        block[leaf] = value
+    return nested
+
+
+def expand(axes: "Axes") -> list[dict[str, Any]]:
+    """All points of the axes: grid x zip x list, the last grid key running fastest within its block."""
+    grid = [dict(zip(axes.grid, values)) for values in itertools.product(*axes.grid.values())]
+    steps = [dict(zip(axes.zip, values)) for values in zip(*axes.zip.values())] or [{}]
+    listed = list(axes.list) or [{}]
+    return [{**point, **step, **entry} for point in grid for step in steps for entry in listed]
+
+
+def label(point: Mapping[str, Any]) -> str:
+    """A point in one line, with the short names, for messages."""
+    short = {path: name for name, path in ALIASES.items()}
+    return ", ".join(f"{short.get(key, key)}={_format(value)}" for key, value in point.items()) or "base"
+
+
+def _format(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

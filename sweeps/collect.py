@@ -1,0 +1,213 @@
+"""The run directories of a sweep -> results.parquet: one row a run, units in the names, dtypes fixed.
+
+Facts only: which N (with or without embeddings) and which C a law is fitted on is decided in `analysis`. A run that has
+not finished has its row as well, with nulls for what is not known yet, so that a missing cell is seen.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dlcm.config import SCHEMA_VERSION
+from dlcm.errors import UserError
+from dlcm.record import read_json, read_metrics, write_atomic
+from flops import FlopCount, count, parameters
+from sweeps.store import RunState, StoredRun, StoredSweep, load_sweep, sweep_states
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of results.parquet."""
+
+    dtype: str
+    unit: str
+    description: str
+
+
+COLUMNS: Mapping[str, Column] = {
+    "run_id": Column("str", "", "readable prefix and hash of the run config; name of the run directory"),
+    "sweep": Column("str", "", "name of the sweep"),
+    "model": Column("str", "", "dlcm or dense"),
+    "boundary": Column("str", "", "boundary detector; none for a dense model"),
+    "seed": Column("int64", "", "seed of weights, data order and boundary draws"),
+    "params_total": Column("int64", "parameters", "all parameters"),
+    "params_embedding": Column("int64", "parameters", "embedding and unembedding"),
+    "params_token": Column("int64", "parameters", "everything else but the concept backbone"),
+    "params_concept": Column("int64", "parameters", "layers of the concept backbone; 0 for a dense model"),
+    "concept_share": Column(
+        "float64", "", "P, the backbone's share of the non-embedding parameters; 0 for a dense model"
+    ),
+    "compression_target": Column("float64", "tokens/concept", "R asked for; 1 for a dense model"),
+    "tokens_per_concept": Column("float64", "tokens/concept", "R realised at evaluation; 1 for a dense model"),
+    "tokens_per_concept_train": Column("float64", "tokens/concept", "R realised over the last 10% of training steps"),
+    "tokens": Column("Int64", "tokens", "D, tokens that were trained on"),
+    "epochs": Column("float64", "", "tokens over the training tokens of the corpus"),
+    "seq_len": Column("int64", "tokens", "length of one packed window"),
+    "budget": Column("str", "", "the budget that set its length, in words; empty where train.tokens did"),
+    "flops_train": Column("float64", "FLOPs", "training, causal-halved, at R realised in training"),
+    "flops_train_planned": Column("float64", "FLOPs", "the same at the R asked for and the planned tokens"),
+    "flops_per_token_forward": Column(
+        "float64", "FLOPs/token", "forward pass, causal-halved, at R realised at evaluation"
+    ),
+    "loss_nats": Column("float64", "nats/token", "validation loss"),
+    "bits_per_byte": Column("float64", "bits/byte", "validation loss per UTF-8 byte"),
+    "lr_token": Column("float64", "", "peak learning rate of the token side at the base width"),
+    "lr_concept": Column("float64", "", "the same of the concept side; lr_token for a dense model"),
+    "status": Column("str", "", "planned, queued, running, finished, failed, diverged, cancelled or lost"),
+    "wall_s": Column("float64", "s", "time spent training, over all starts"),
+    "device": Column("str", "", "what it was trained on"),
+}
+
+# One group a task that was evaluated; `<task>` is the name of the file in eval/.
+TASK_COLUMNS: Mapping[str, Column] = {
+    "acc_<task>": Column("float64", "", "accuracy"),
+    "acc_<task>_stderr": Column("float64", "", "its standard error"),
+    "acc_norm_<task>": Column("float64", "", "accuracy by log-likelihood per byte"),
+    "bpb_<task>": Column("float64", "bits/byte", "bits per byte of the right answer"),
+    "bpb_<task>_stderr": Column("float64", "bits/byte", "its standard error"),
+}
+_TASK_KEYS = {
+    "acc_<task>": "acc",
+    "acc_<task>_stderr": "acc_stderr",
+    "acc_norm_<task>": "acc_norm",
+    "bpb_<task>": "bits_per_byte",
+    "bpb_<task>_stderr": "bits_per_byte_stderr",
+}
+_RESULT_KEYS = (
+    "status", "step", "tokens", "loss_nats", "bits_per_byte", "tokens_per_concept", "tokens_per_concept_train",
+    "epochs", "params", "wall_s", "device", "reason",
+)  # fmt: skip
+
+
+def collect(sweep_dir: Path | str) -> pd.DataFrame:
+    """Read every run of a sweep and write `results.parquet` in its directory.
+
+    Args:
+        sweep_dir: directory of the sweep.
+
+    Returns:
+        One row a run in plan order, the columns of `COLUMNS` and then those of `TASK_COLUMNS` for each evaluated task.
+        A run that is no longer in the sweep file is kept if it has a result.
+
+    Raises:
+        UserError: not a sweep; or a file of a run that is torn or contradicts another. Nothing is written then.
+    """
+    sweep = load_sweep(Path(sweep_dir))
+    states = {state.run_id: state for state in sweep_states(sweep)}
+    rows = [
+        _row(sweep, run, states[run.run_id])
+        for run in sweep.runs
+        if run.in_plan or states[run.run_id].status in ("finished", "diverged")
+    ]
+    frame = as_results(rows)
+    write_atomic(sweep.path / "results.parquet", frame.to_parquet(index=False))
+    return frame
+
+
+def as_results(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """A results table from rows, with its columns in order and of their dtypes; absent values are null."""
+    tasks = sorted({key for row in rows for key in row} - set(COLUMNS), key=_task_order)
+    frame = pd.DataFrame(list(rows), columns=[*COLUMNS, *tasks])
+    dtypes = {name: column.dtype for name, column in COLUMNS.items()} | dict.fromkeys(tasks, "float64")
+    return frame.astype(dtypes)
+
+
+def _task_order(name: str) -> tuple[str, int]:
+    for position, pattern in enumerate(reversed(list(TASK_COLUMNS))):
+        match = re.fullmatch(re.escape(pattern).replace("<task>", "(.+)"), name)
+        if match:
+            return match.group(1), -position
+    return name, 0
+
+
+def _row(sweep: StoredSweep, run: StoredRun, state: RunState) -> dict[str, Any]:
+    config, model = run.config, run.config.model
+    params = parameters(model)
+    row: dict[str, Any] = {
+        "run_id": run.run_id,
+        "sweep": sweep.name,
+        "model": model.kind,
+        "boundary": model.boundary.detector if model.boundary else "none",
+        "seed": config.seed,
+        "params_total": params.total,
+        "params_embedding": params.embedding,
+        "params_token": params.token,
+        "params_concept": params.concept,
+        "concept_share": params.concept_share,
+        "compression_target": model.compression_target,
+        "seq_len": config.data.seq_len,
+        "budget": run.row["budget"],
+        "flops_train_planned": run.flops_planned,
+        "lr_token": config.optim.lr_token,
+        "lr_concept": config.optim.lr_token if model.is_dense else config.optim.lr_concept,
+        "status": state.status,
+    }
+    if (run.path / "result.json").exists():
+        result = _read_result(run)
+        _check(run, result)
+        row |= _measured(run, result)
+        for path in sorted((run.path / "eval").glob("*.json")):
+            row |= _task_columns(path)
+    return row
+
+
+def _read_result(run: StoredRun) -> dict[str, Any]:
+    """`result.json` as written by `dlcm.train`, which is not imported: reading a table needs no torch."""
+    path = run.path / "result.json"
+    result = read_json(path)
+    if result.get("schema") != SCHEMA_VERSION:
+        raise UserError(f"{path}: schema {result.get('schema')!r}, this version reads {SCHEMA_VERSION}")
+    if absent := [key for key in _RESULT_KEYS if key not in result]:
+        raise UserError(f"{path}: no key {', '.join(absent)}; delete it and submit the sweep again")
+    return result
+
+
+def _measured(run: StoredRun, result: Mapping[str, Any]) -> dict[str, Any]:
+    config = run.config
+
+    def flops(ratio: float | None) -> FlopCount | None:
+        return None if ratio is None else count(config.model, config.data.seq_len, ratio)
+
+    # One token is its own unit in a dense model, whatever its result says.
+    dense = 1.0 if config.model.is_dense else None
+    at_evaluation, in_training = dense or result["tokens_per_concept"], dense or result["tokens_per_concept_train"]
+    training, evaluation = flops(in_training), flops(at_evaluation)
+    copied = ("tokens", "epochs", "loss_nats", "bits_per_byte", "wall_s", "device")
+    return {
+        "tokens_per_concept": at_evaluation,
+        "tokens_per_concept_train": in_training,
+        "flops_train": training.training_per_token * result["tokens"] if training else None,
+        "flops_per_token_forward": evaluation.forward_per_token if evaluation else None,
+        **{key: result[key] for key in copied},
+    }
+
+
+def _check(run: StoredRun, result: Mapping[str, Any]) -> None:
+    """Refuse a run whose files do not belong together: a result without its metrics log, or of another model."""
+    path = run.path / "metrics.jsonl"
+    rows = read_metrics(path)
+    if not rows:
+        raise UserError(f"{path}: missing or empty, but the run has a result; delete {run.path} and submit again")
+    steps = [int(row.get("step") or 0) for row in rows]
+    if steps != sorted(set(steps)) or steps[-1] != result["step"]:
+        raise UserError(
+            f"{path}: its steps do not lead to step {result['step']} of result.json; delete {run.path} and submit again"
+        )
+    params = parameters(run.config.model)
+    for group in ("total", "embedding", "token", "concept"):
+        if result["params"].get(group) != getattr(params, group):
+            raise UserError(
+                f"{run.path / 'result.json'}: params.{group} = {result['params'].get(group)}, its config makes "
+                f"{getattr(params, group)}: made by another version; delete {run.path} and submit again"
+            )
+
+
+def _task_columns(path: Path) -> dict[str, float | None]:
+    record = read_json(path)
+    if absent := {"acc", "acc_stderr"} - set(record):
+        raise UserError(f"{path}: no key {', '.join(sorted(absent))}; delete it and submit the sweep again")
+    return {column.replace("<task>", path.stem): record.get(key) for column, key in _TASK_KEYS.items()}

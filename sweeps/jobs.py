@@ -1,0 +1,164 @@
+"""The jobs that were submitted for a sweep, and whether each is still alive.
+
+Jobs are workers: each takes runs from the sweep directory until none is left. A local job is a process, known by its
+id and the time it was created (ids are used again); SLURM is asked with `squeue`, which answers without accounting.
+"""
+
+import contextlib
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dlcm.errors import UserError
+from dlcm.record import append_metrics, read_metrics
+
+Life = Literal["pending", "running", "gone", "unknown"]
+
+_SQUEUE_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One line of jobs.jsonl."""
+
+    submission: int
+    cluster: str
+    job_id: str
+    host: str
+    created: float | None  # of a local job's process, seconds since the epoch
+    submitted_at: float
+    options: Mapping[str, Any] = field(default_factory=dict)
+    schema: int = 1
+
+
+@dataclass(frozen=True)
+class JobState:
+    """Whether a job is alive."""
+
+    job_id: str
+    submission: int
+    cluster: str
+    state: Life
+
+
+def read_jobs(sweep_dir: Path) -> list[Job]:
+    """Every job ever submitted for this sweep, oldest first.
+
+    Raises:
+        UserError: a line of jobs.jsonl that is not a job.
+    """
+    path = sweep_dir / "jobs.jsonl"
+    jobs = []
+    # A torn last line is a submit that was killed while writing: its job, if any, is known by its heartbeats.
+    for number, row in enumerate(read_metrics(path, running=True), 1):
+        try:
+            jobs.append(Job(**row))
+        except TypeError as error:
+            raise UserError(f"{path}:{number}: not a job ({error}); delete the line") from None
+    return jobs
+
+
+def append_job(sweep_dir: Path, job: Job) -> None:
+    """Add a job to jobs.jsonl."""
+    append_metrics(sweep_dir / "jobs.jsonl", asdict(job))
+
+
+def job_states(jobs: Iterable[Job]) -> dict[str, JobState]:
+    """Ask the kernel or the scheduler about each job; where it is silent a job is `unknown`, never `gone`."""
+    jobs = list(jobs)
+    slurm = _squeue([job.job_id for job in jobs if job.cluster == "slurm"])
+    states = {}
+    for job in jobs:
+        life = slurm[job.job_id] if job.cluster == "slurm" else _process_life(job)
+        states[f"{job.submission}:{job.job_id}"] = JobState(job.job_id, job.submission, job.cluster, life)
+    return states
+
+
+def process_created(pid: int) -> float | None:
+    """When a process was created, seconds since the epoch; none if it is gone or a zombie."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        if process.status() != psutil.STATUS_ZOMBIE:
+            return process.create_time()
+    return None
+
+
+def _process_life(job: Job) -> Life:
+    if job.host != socket.gethostname():
+        return "unknown"
+    created = process_created(int(job.job_id))
+    alive = created is not None and job.created is not None and abs(created - job.created) < 1.0
+    return "running" if alive else "gone"
+
+
+def _squeue(ids: list[str]) -> dict[str, Life]:
+    if not ids:
+        return {}
+    if shutil.which("squeue") is None:
+        return dict.fromkeys(ids, "unknown")
+    parents = sorted({i.split("_")[0] for i in ids})
+    command = ["squeue", "--noheader", "--array", f"--jobs={','.join(parents)}", "--format=%i|%T"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=_SQUEUE_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return dict.fromkeys(ids, "unknown")
+    # A job that the controller has forgotten, asked for alone, is an error of squeue and an answer to us.
+    if answer.returncode and "Invalid job id" not in answer.stderr:
+        return dict.fromkeys(ids, "unknown")
+    known: dict[str, Life] = {}
+    for line in answer.stdout.splitlines():
+        job_id, _, state = line.strip().partition("|")
+        known[job_id] = "pending" if state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING") else "running"
+    return {job_id: known.get(job_id, "gone") for job_id in ids}
+
+
+def cancel_jobs(jobs: Iterable[Job], states: Mapping[str, JobState]) -> list[str]:
+    """End live jobs: SLURM's with scancel, local ones with SIGKILL to their processes. Returns the ids that were ended.
+
+    Raises:
+        UserError: scancel failed, or a local job lives on another machine.
+    """
+    live = [job for job in jobs if states[f"{job.submission}:{job.job_id}"].state != "gone"]
+    slurm = [job.job_id for job in live if job.cluster == "slurm"]
+    if slurm:
+        try:
+            answer = subprocess.run(["scancel", *slurm], capture_output=True, text=True, timeout=60, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise UserError(f"scancel: {error}; cancel the jobs {', '.join(slurm)} where SLURM answers") from None
+        if answer.returncode:
+            raise UserError(f"scancel {' '.join(slurm)}: {answer.stderr.strip()}")
+    for job in live:
+        if job.cluster != "slurm":
+            if job.host != socket.gethostname():
+                raise UserError(f"job {job.job_id} runs on {job.host}: cancel it there")
+            kill_tree(int(job.job_id))
+    return [job.job_id for job in live]
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a process and its descendants."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        # The parent first: submitit's controller would otherwise see its task end and tidy up half-way.
+        for process in [root, *root.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def max_array_size() -> int:
+    """Largest number of tasks in one job array of this cluster (SLURM: MaxArraySize; its default is 1001)."""
+    try:
+        answer = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return 1001
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", answer.stdout, re.MULTILINE)
+    return int(match.group(1)) if match else 1001

@@ -1,0 +1,303 @@
+"""Getting a plan run: submitit jobs, each a worker on the sweep directory. The only importer of submitit.
+
+`debug` works in this process, `local` in processes of this machine that outlive the command, `slurm` in job arrays.
+What a worker does is in `sweeps.worker`. Whether it still lives is asked of the kernel or the scheduler, never waited
+for through submitit, whose `result()` has no bound when a job dies without accounting.
+"""
+
+import contextlib
+import math
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
+from submitit.helpers import Checkpointable
+
+from dlcm.errors import UserError, nearest
+from dlcm.record import RunBusyError, run_lock
+from sweeps.jobs import Job, append_job, job_states, max_array_size, process_created, read_jobs
+from sweeps.store import RunState, Saved, StoredRun, StoredSweep, check_sweep_dir, load_sweep, save_sweep, sweep_states
+from sweeps.worker import THREAD_VARIABLES, packages_root, thread_environment, work
+
+if TYPE_CHECKING:
+    from dlcm.train import Progress
+    from sweeps.plan import Plan
+
+Cluster = Literal["local", "slurm", "debug"]
+
+# submitit wants a limit for local jobs; ours end when no run is left.
+_LOCAL_LIMIT_MIN = 60 * 24 * 365
+# A long run goes through many time-outs: each requeue resumes from its checkpoint. This many without an end is a fault.
+_MAX_TIMEOUTS = 50
+_SIGNAL_LEAD_S = 90
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What was submitted, and what was not because nothing was left to do."""
+
+    sweep_dir: Path
+    number: int
+    cluster: Cluster
+    job_ids: tuple[str, ...]
+    to_train: tuple[str, ...]
+    skipped: tuple[RunState, ...]
+    saved: Saved | None = None
+
+
+class Worker(Checkpointable):
+    """The job: pickled by submitit, requeued as it is after a time-out or a preemption."""
+
+    def __init__(self, sweep_dir: Path, submission: int, threads: int, max_runs: int | None, root: Path) -> None:
+        self.sweep_dir, self.submission, self.threads = sweep_dir, submission, threads
+        self.max_runs, self.root = max_runs, root
+
+    def __call__(self) -> dict[str, list[str]]:
+        """Work on the sweep directory until no run is left for this worker."""
+        report = work(
+            self.sweep_dir,
+            submission=self.submission,
+            threads=self.threads,
+            max_runs=self.max_runs,
+            root=self.root,
+            job_id=submitit.JobEnvironment().job_id,
+            fatal=(UncompletedJobError,),
+        )
+        return {"finished": report.finished, "failed": report.failed, "cancelled": report.cancelled}
+
+
+def launch(
+    plan: "Plan",
+    sweep_dir: Path,
+    cluster: Cluster = "local",
+    *,
+    concurrency: int | None = None,
+    threads: int | None = None,
+    runs_per_task: int = 1,
+    on_run: Callable[[StoredRun], None] | None = None,
+    on_step: Callable[["Progress"], None] | None = None,
+) -> Submission:
+    """Store the plan in `sweep_dir` and submit workers for whatever is not finished.
+
+    Args:
+        plan: the planned runs.
+        sweep_dir: directory of the sweep, usually `runs/<sweep>`.
+        cluster: `local` (processes of this machine), `slurm`, or `debug` (this process, one run after the other).
+        concurrency: runs at once; the sweep file's `cluster` block where absent.
+        threads: CPU threads of one run; the sweep file's `cluster` block where absent.
+        runs_per_task: runs that one task of a SLURM array trains, one after the other; its wall time grows with it.
+        on_run: `debug` only: called as a run is taken.
+        on_step: `debug` only: called with each `Progress` of the training.
+
+    Returns:
+        At once with the job ids; with `debug`, when all is done.
+
+    Raises:
+        UserError: the directory is not a sweep, another submit is writing to it, or the cluster refuses the job.
+    """
+    _check_cluster(cluster, concurrency, threads, runs_per_task)
+    check_sweep_dir(sweep_dir)  # before the lock puts a file into it
+    with _submit_lock(sweep_dir):
+        saved = save_sweep(plan, sweep_dir)
+    return resubmit(
+        sweep_dir,
+        cluster,
+        concurrency=concurrency,
+        threads=threads,
+        runs_per_task=runs_per_task,
+        on_run=on_run,
+        on_step=on_step,
+        saved=saved,
+    )
+
+
+def resubmit(
+    sweep_dir: Path,
+    cluster: Cluster = "local",
+    *,
+    concurrency: int | None = None,
+    threads: int | None = None,
+    runs_per_task: int = 1,
+    on_run: Callable[[StoredRun], None] | None = None,
+    on_step: Callable[["Progress"], None] | None = None,
+    saved: Saved | None = None,
+) -> Submission:
+    """Submit workers for the unfinished runs of a stored sweep; arguments and errors as `launch`."""
+    _check_cluster(cluster, concurrency, threads, runs_per_task)
+    sweep_dir = sweep_dir.resolve()
+    with _submit_lock(sweep_dir):
+        sweep = load_sweep(sweep_dir)
+        jobs = read_jobs(sweep_dir)
+        states = sweep_states(sweep, job_states(jobs))
+        todo = [state for state in states if _is_to_train(state)]
+        number = max((job.submission for job in jobs), default=0) + 1
+        for state in todo:
+            (sweep_dir / state.run_id / "cancelled.json").unlink(missing_ok=True)
+        threads = threads or sweep.spec.cluster.threads
+        job_ids: list[str] = []
+        if todo and cluster != "debug":
+            submit = _submit_local if cluster == "local" else _submit_slurm
+            max_runs = runs_per_task if cluster == "slurm" else None
+            worker = cast(Worker, Worker(sweep_dir, number, threads, max_runs, packages_root()))
+            job_ids = submit(sweep, worker, len(todo), concurrency)
+        elif todo:
+            job_ids = [str(os.getpid())]
+            _record(sweep_dir, number, "debug", job_ids, {"threads": threads})
+    if todo and cluster == "debug":
+        work(sweep_dir, submission=number, threads=threads, capture=False, on_run=on_run, on_step=on_step)
+    return Submission(
+        sweep_dir=sweep_dir,
+        number=number,
+        cluster=cluster,
+        job_ids=tuple(job_ids),
+        to_train=tuple(state.run_id for state in todo),
+        skipped=tuple(state for state in states if state.in_plan and not _is_to_train(state)),
+        saved=saved,
+    )
+
+
+def _is_to_train(state: RunState) -> bool:
+    return state.in_plan and not state.is_complete and state.status not in ("running", "queued")
+
+
+def _check_cluster(cluster: str, concurrency: int | None, threads: int | None, runs_per_task: int) -> None:
+    if cluster not in get_args(Cluster):
+        raise UserError(f"--cluster {cluster}: no such cluster{nearest(cluster, get_args(Cluster))}")
+    for name, value in (("concurrency", concurrency), ("threads", threads), ("runs-per-task", runs_per_task)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+
+
+@contextlib.contextmanager
+def _submit_lock(sweep_dir: Path) -> Iterator[None]:
+    try:
+        with run_lock(sweep_dir, ".submit"):
+            yield
+    except RunBusyError:
+        raise UserError(f"{sweep_dir}: another submit of this sweep is at work; wait for it") from None
+
+
+def _record(sweep_dir: Path, number: int, cluster: Cluster, job_ids: list[str], options: dict[str, Any]) -> None:
+    for job_id in job_ids:
+        append_job(
+            sweep_dir,
+            Job(
+                submission=number,
+                cluster=cluster,
+                job_id=job_id,
+                host=socket.gethostname(),
+                created=None if cluster == "slurm" else process_created(int(job_id)),
+                submitted_at=time.time(),
+                options=options,
+            ),
+        )
+
+
+def _jobs_folder(worker: Worker) -> Path:
+    # One folder a submission: local jobs are named by process ids, which come back.
+    return worker.sweep_dir / "jobs" / f"{worker.submission:04d}"
+
+
+def _submit_local(sweep: StoredSweep, worker: Worker, n_runs: int, concurrency: int | None) -> list[str]:
+    n_workers = min(concurrency or sweep.spec.cluster.concurrency, n_runs)
+    gpus = _local_gpus(sweep.spec.cluster.gpus, n_workers)
+    options = {"concurrency": concurrency, "threads": worker.threads}
+    executor = submitit.LocalExecutor(_jobs_folder(worker))
+    job_ids = []
+    for mine in gpus:
+        executor.update_parameters(timeout_min=_LOCAL_LIMIT_MIN, gpus_per_node=len(mine), visible_gpus=mine)
+        with thread_environment(worker.threads), _signals_ignored(signal.SIGINT, signal.SIGHUP):
+            job_id = executor.submit(worker).job_id
+        _record(worker.sweep_dir, worker.submission, "local", [job_id], options)
+        job_ids.append(job_id)
+    return job_ids
+
+
+def _local_gpus(per_run: int, n_workers: int) -> list[tuple[int, ...]]:
+    """GPUs of each local worker, dealt round; submitit hides all others from it."""
+    if per_run == 0:
+        return [()] * n_workers
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if visible and all(part.strip().isdigit() for part in visible.split(",")):
+        found = [int(part) for part in visible.split(",")]
+    else:
+        found = sorted(int(path.name.removeprefix("nvidia")) for path in Path("/dev").glob("nvidia[0-9]*"))
+    if len(found) < per_run:
+        raise UserError(
+            f"cluster.gpus = {per_run}, but this machine shows {len(found)}; lower it or use --cluster slurm"
+        )
+    return [tuple(found[(i * per_run + j) % len(found)] for j in range(per_run)) for i in range(n_workers)]
+
+
+@contextlib.contextmanager
+def _signals_ignored(*signals: signal.Signals) -> Iterator[None]:
+    """Processes started inside ignore `signals`: Ctrl-C or a closed terminal ends the watching, not the work."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _submit_slurm(sweep: StoredSweep, worker: Worker, n_runs: int, concurrency: int | None) -> list[str]:
+    cluster, per_task = sweep.spec.cluster, worker.max_runs or 1
+    n_tasks, limit = math.ceil(n_runs / per_task), max_array_size()
+    n_arrays = math.ceil(n_tasks / limit)
+    parallel = max(1, (concurrency or cluster.array_parallelism) // n_arrays)  # the cap holds for each array apart
+    options = {"concurrency": concurrency, "threads": worker.threads, "runs_per_task": per_task}
+    try:
+        executor = submitit.SlurmExecutor(_jobs_folder(worker), max_num_timeout=_MAX_TIMEOUTS)
+    except RuntimeError:
+        raise UserError("--cluster slurm: no srun on PATH, so this is no SLURM machine; use --cluster local") from None
+    executor.update_parameters(**_slurm_parameters(sweep, worker, parallel))
+    job_ids = []
+    for start in range(0, n_tasks, limit):
+        try:
+            with executor.batch():
+                jobs = [executor.submit(worker) for _ in range(min(limit, n_tasks - start))]
+        except (FailedJobError, FailedSubmissionError, OSError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
+            raise UserError(
+                f"sbatch refused the job: {lines[-1]} (partition, account, time and memory: `cluster` block)"
+            ) from None
+        ids = [job.job_id for job in jobs]
+        _record(worker.sweep_dir, worker.submission, "slurm", ids, options)
+        job_ids += ids
+    return job_ids
+
+
+def _slurm_parameters(sweep: StoredSweep, worker: Worker, parallel: int) -> dict[str, Any]:
+    cluster = sweep.spec.cluster
+    minutes = cluster.time_minutes * (worker.max_runs or 1)
+    exports = [f"export {name}={worker.threads}" for name in THREAD_VARIABLES]
+    optional = {
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "gpus_per_node": cluster.gpus or None,
+        "mem": f"{cluster.memory_bytes >> 20}M" if cluster.memory_bytes else None,
+    }
+    return {
+        "job_name": f"dlcm-{sweep.name}",
+        "time": minutes,
+        "nodes": 1,
+        "ntasks_per_node": 1,
+        "cpus_per_task": max(cluster.cpus_per_run, worker.threads),
+        "array_parallelism": parallel,
+        "signal_delay_s": min(_SIGNAL_LEAD_S, minutes * 60 // 4),
+        "setup": [*exports, *cluster.setup],
+        **{name: value for name, value in optional.items() if value is not None},
+    }

@@ -1,0 +1,325 @@
+"""The YAML file of a sweep: base config, axes, budgets, baseline, evaluation, cluster. No torch.
+
+    name: compression
+    base:                       # overrides of the run config, nested as in `dlcm.config`, plus the design variables
+      data: {corpus: stdlib, tokenizer: bpe-4096}
+      optim: {lr_token: 3.0e-3, lr_concept: 3.0e-3}
+      size: 0.5M                # non-embedding parameters; the shape follows (`sweeps/shapes.py`)
+    axes:
+      grid: {compression_ratio: [2, 4, 8], concept_share: [0.3, 0.5, 0.7]}     # every combination
+      zip: {seed: [0, 1], optim.lr_token: [2.0e-3, 3.0e-3]}                    # in step
+      list: [{model.pooling: mean}, {model.pooling: first}]                    # as written
+    budgets: {flops: [1e12, 3e12]}                                             # or tokens, or tokens_per_parameter
+    baseline: {match: parameters}                                              # the dense model at each size
+    evaluate: [cloze, ../data/openbook_qa.jsonl]
+    cluster: {partition: gpu, time: "4:00:00", gpus: 1}
+
+`grid`, `zip` and `list` combine by product: each may be left out, and a key may stand in one of them only.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model_validator
+
+from dlcm.config import Frozen
+from dlcm.errors import UserError, parse
+from sweeps.axes import COUNTS, DESIGN, check_paths, flatten, parse_count
+from sweeps.shapes import ShapeRule
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SUFFIXES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+Count = Annotated[float, BeforeValidator(parse_count), Field(gt=0)]
+Values = tuple[Any, ...]
+
+
+class Axes(Frozen):
+    """What varies. The blocks combine by product; inside `zip` the lists run in step."""
+
+    grid: dict[str, Values] = Field(default={}, description="key -> values; every combination")
+    zip: dict[str, Values] = Field(default={}, description="key -> values, all of one length; taken in step")
+    list: tuple[dict[str, Any], ...] = Field(default=(), description="points written out, each a mapping of keys to values")
+
+    @field_validator("grid", "zip", mode="before")
+    @classmethod
+    def _values_are_lists(cls, axes: Any) -> Any:
+        for key, values in axes.items() if isinstance(axes, Mapping) else ():
+            if not isinstance(values, (tuple, list)) or not values:
+                raise ValueError(f"the values of {key!r} must be a list with at least one entry, got {values!r}")
+        return axes
+
+    @model_validator(mode="after")
+    def _check(self) -> "Axes":
+        lengths = {key: len(values) for key, values in self.zip.items()}
+        if len(set(lengths.values())) > 1:
+            told = ", ".join(f"{key} has {n}" for key, n in lengths.items())
+            raise ValueError(f"the lists of zip must have one length: {told}")
+        return self
+
+
+class Budgets(Frozen):
+    """How long the runs are: exactly one of the three lists. Every design point is run at every budget."""
+
+    flops: tuple[Count, ...] | None = Field(None, description="training FLOPs of one run, at its planned R")
+    tokens: tuple[Count, ...] | None = Field(None, description="training tokens of one run")
+    tokens_per_parameter: tuple[Count, ...] | None = Field(
+        None, description="training tokens over the realised non-embedding parameters"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "Budgets":
+        given = [name for name in type(self).model_fields if getattr(self, name)]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"budgets takes one list of flops, tokens or tokens_per_parameter, found {found}")
+        return self
+
+    @property
+    def unit(self) -> Literal["flops", "tokens", "tokens_per_parameter"]:
+        """Which of the three lists is given."""
+        for name in ("flops", "tokens"):
+            if getattr(self, name):
+                return name
+        return "tokens_per_parameter"
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The budgets, in `unit`."""
+        return getattr(self, self.unit)
+
+
+class Baseline(Frozen):
+    """Dense models beside the DLCM runs: the same axes without those that only a DLCM has, each model once."""
+
+    match: Literal["parameters", "flops"] = Field(
+        "parameters",
+        description="`parameters`: as many non-embedding parameters; `flops`: as many training FLOPs per token as each DLCM",
+    )
+    sizes: tuple[Count, ...] | None = Field(None, description="non-embedding parameters; those of the sweep by default")
+    seeds: tuple[int, ...] | None = Field(None, description="seeds; those of the sweep by default")
+    set: dict[str, Any] = Field(default={}, description="config fields of the baseline alone, by dotted path")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Baseline":
+        if self.match == "flops" and self.sizes:
+            raise ValueError("baseline.sizes has no meaning with match: flops, which takes the cost of each DLCM; remove it")
+        return self
+
+
+class ClusterConfig(Frozen):
+    """Where and how the runs run. Every value has a default that works on one machine."""
+
+    partition: str | None = Field(None, description="SLURM partition")
+    account: str | None = Field(None, description="SLURM account")
+    qos: str | None = Field(None, description="SLURM quality of service")
+    time: str = Field("4:00:00", description="wall time of one run: minutes, H:M:S, D-H or D-H:M:S as sbatch reads it")
+    gpus: int = Field(0, ge=0, description="GPUs of one run")
+    cpus_per_run: int = Field(1, gt=0, description="CPUs of one run")
+    memory: str | None = Field(None, description="memory of one run, e.g. 8GB; the cluster's default where absent")
+    constraint: str | None = Field(None, description="SLURM node features")
+    setup: tuple[str, ...] = Field((), description="shell lines before the run, e.g. module loads")
+    concurrency: int = Field(2, gt=0, description="runs at once with `--cluster local`")
+    threads: int = Field(1, gt=0, description="threads of one run on the CPU")
+    array_parallelism: int = Field(256, gt=0, description="tasks of a SLURM array that run at once")
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _time(cls, value: Any) -> str:
+        text = str(value)
+        _minutes(text)
+        return text
+
+    @field_validator("memory")
+    @classmethod
+    def _memory(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B?", value, re.IGNORECASE):
+            raise ValueError(f"memory = {value!r} is not a size such as 8GB or 512MB")
+        return value
+
+    @property
+    def time_minutes(self) -> int:
+        """Wall time in whole minutes, rounded up."""
+        return _minutes(self.time)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Memory in bytes."""
+        if self.memory is None:
+            return None
+        number, unit = re.fullmatch(r"([\d.]+)\s*([KMGT])B?", self.memory.upper()).groups()  # type: ignore[union-attr]
+        return int(float(number) * _SUFFIXES[unit])
+
+
+class Sweep(Frozen):
+    """A sweep as written in its file; `plan` turns it into runs.
+
+    `base` and the axes are stored flat, by dotted path, with the design variables `compression_ratio` and `boundary`
+    as the config fields that they stand for. Paths of files are absolute.
+    """
+
+    name: str = Field(description="name of the folder under runs/")
+    base: dict[str, Any] = Field(default={}, description="overrides of the run config that hold for every run")
+    shape: ShapeRule = Field(default=ShapeRule(), description="how a size becomes an architecture")
+    axes: Axes = Axes()
+    budgets: Budgets | None = Field(None, description="lengths of the runs; train.tokens where absent")
+    baseline: Baseline | None = Field(None, description="dense models to compare with")
+    evaluate: tuple[str, ...] = Field((), description="tasks for every finished run: a name, or a .jsonl file")
+    cluster: ClusterConfig = ClusterConfig()
+
+    _source: Path | None = PrivateAttr(None)
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"name = {name!r} is not a folder name; use letters, digits, '.', '_' and '-'")
+        return name
+
+    @property
+    def source(self) -> Path | None:
+        """The file that the sweep was read from."""
+        return self._source
+
+    @property
+    def where(self) -> str:
+        """How error messages name the sweep."""
+        return str(self._source) if self._source else f"sweep {self.name!r}"
+
+    @classmethod
+    def from_yaml(cls, path: Path | str) -> "Sweep":
+        """Read a sweep file.
+
+        Args:
+            path: the YAML file. Files named inside it are looked for in its folder, then in the working directory.
+
+        Raises:
+            UserError: unreadable file, unknown or misspelt key, wrong value, missing corpus or evaluation file.
+        """
+        from dlcm.yaml_io import load_yaml
+
+        path = Path(path)
+        data = load_yaml(path)
+        if isinstance(data, Mapping) and "name" not in data:
+            data = {"name": path.stem, **data}
+        return cls.from_dict(data, where=str(path), folder=path.parent, source=path)
+
+    @classmethod
+    def from_dict(
+        cls, data: Any, *, where: str = "sweep", folder: Path | None = None, source: Path | None = None
+    ) -> "Sweep":
+        """Validate a sweep that was written as a mapping, nested or by dotted paths.
+
+        Args:
+            data: the keys of the YAML file.
+            where: names the origin in messages.
+            folder: folder against which relative files are resolved first.
+            source: file that the mapping came from.
+
+        Raises:
+            UserError: as `from_yaml`.
+        """
+        if not isinstance(data, Mapping):
+            raise UserError(f"{where}: expected a mapping with the keys of a sweep, found {type(data).__name__}")
+        data = dict(data)
+        for block in ("base", "axes"):
+            if not isinstance(data.setdefault(block, {}), Mapping):
+                raise UserError(f"{where}: {block}: expected a mapping, found {type(data[block]).__name__}")
+        data["base"] = flatten(data["base"], f"{where}: base")
+        sweep = parse(cls, data, where)
+        fixed = sweep.model_copy(update=_checked_paths(sweep, where, folder or Path.cwd()))
+        fixed._source = source
+        return fixed
+
+    def to_yaml(self) -> str:
+        """The sweep as YAML that `from_yaml` reads back to an equal sweep, on any folder of this machine."""
+        data = self.model_dump(mode="json", exclude_defaults=True)
+        data = {"name": self.name, **{key: value for key, value in data.items() if key != "name"}}
+        return yaml.safe_dump(data, sort_keys=False, width=120)
+
+
+def _checked_paths(sweep: Sweep, where: str, folder: Path) -> dict[str, Any]:
+    """The parts of the sweep whose keys name config fields or whose values name files, checked and made canonical."""
+    axes, seen = sweep.axes, {}
+    blocks = {
+        "grid": check_paths(axes.grid, f"{where}: axes.grid", seen),
+        "zip": check_paths(axes.zip, f"{where}: axes.zip", seen),
+    }
+    listed = [check_paths(point, f"{where}: axes.list[{i}]", dict(seen)) for i, point in enumerate(axes.list)]
+
+    def files(values: dict[str, Any], at: str) -> dict[str, Any]:
+        return {key: _resolve(key, value, folder, f"{where}: {at}.{key}") for key, value in values.items()}
+
+    def file_lists(values: dict[str, Any], at: str) -> dict[str, Any]:
+        return {
+            key: tuple(_resolve(key, value, folder, f"{where}: {at}.{key}") for value in entries)
+            for key, entries in values.items()
+        }
+
+    update: dict[str, Any] = {
+        "base": files(sweep.base, "base"),
+        "axes": axes.model_copy(
+            update={
+                "grid": file_lists(blocks["grid"], "axes.grid"),
+                "zip": file_lists(blocks["zip"], "axes.zip"),
+                "list": tuple(files(point, f"axes.list[{i}]") for i, point in enumerate(listed)),
+            }
+        ),
+        "evaluate": tuple(
+            _find(task, folder, f"{where}: evaluate") if task.endswith((".jsonl", ".jsonl.gz")) else task
+            for task in sweep.evaluate
+        ),
+    }
+    if sweep.baseline is not None:
+        overrides = check_paths(sweep.baseline.set, f"{where}: baseline.set", {})
+        for key in overrides:
+            if key in DESIGN or key.startswith("model.boundary."):
+                raise UserError(f"{where}: baseline.set.{key}: the baseline is dense and takes its size from baseline.sizes")
+        update["baseline"] = sweep.baseline.model_copy(update={"set": files(overrides, "baseline.set")})
+    return update
+
+
+def _resolve(key: str, value: Any, folder: Path, where: str) -> Any:
+    """The value of a config field: a count such as 0.3M as a number, a file's path absolute, all else as it is."""
+    if key in COUNTS:
+        return parse_count(value)
+    if not isinstance(value, str):
+        return value
+    if key == "data.corpus" and value not in ("stdlib", "packages") and not value.startswith("hf:"):
+        return _find(value, folder, where)
+    if key == "data.tokenizer" and value.endswith(".json") and not value.startswith("hub:"):
+        return _find(value, folder, where)
+    return value
+
+
+def _find(name: str, folder: Path, where: str) -> str:
+    """Absolute path of a file named in a sweep: beside the sweep file, else in the working directory."""
+    path = Path(name).expanduser()
+    tried = [path] if path.is_absolute() else [(folder / path), (Path.cwd() / path)]
+    for candidate in tried:
+        if candidate.exists():
+            return str(candidate.resolve())
+    looked = " nor ".join(dict.fromkeys(str(candidate.absolute()) for candidate in tried))
+    raise UserError(f"{where}: {name!r} is neither a known name nor a file: no {looked}")
+
+
+def _minutes(text: str) -> int:
+    """Minutes of a SLURM time: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    if not match:
+        raise ValueError(f"time = {text!r} is not a SLURM time such as 90, 4:00:00 or 1-12:00:00")
+    days, *parts = match.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    if days is not None:
+        hours, minutes, seconds = (numbers + [0, 0])[:3]
+    elif len(numbers) == 3:
+        hours, minutes, seconds = numbers
+    else:
+        hours, minutes, seconds = 0, numbers[0], (numbers + [0])[1]
+    total = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    if total <= 0:
+        raise ValueError(f"time = {text!r} leaves no time to run")
+    return -(-total // 60)
