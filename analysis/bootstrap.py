@@ -4,12 +4,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from analysis.descent import approach, refit
 from analysis.objective import Problem
 from analysis.starts import draw_starts
 
 Array = np.ndarray
 
-_FRESH_CANDIDATES = 60
+_FRESH_CANDIDATES = 20
+_FEW_RUNS = 5
 
 
 def bootstrap(
@@ -23,8 +25,8 @@ def bootstrap(
 ) -> tuple[Array, int]:
     """Refit on `n` resamples of runs.
 
-    Each refit descends from the answer and from one fresh start, and keeps the better: a warm start alone stays in its
-    valley and makes intervals too narrow where the data are few.
+    Each refit descends from the answer. Where runs are few, it descends from a fresh start as well and keeps the better:
+    a warm start alone stays in its valley there, and makes intervals too narrow.
 
     Args:
         problem: the fitted problem.
@@ -43,12 +45,16 @@ def bootstrap(
     rows_of = [np.array(rows) for rows in groups.values()]
     found = np.empty((n, len(theta)))
     n_degenerate = 0
+    small = len(groups) < _FEW_RUNS * len(theta)
     for i in range(n):
         drawn = rng.integers(len(rows_of), size=len(rows_of))
         n_degenerate += len(set(drawn.tolist())) < len(theta)
         resample = problem.take(np.concatenate([rows_of[j] for j in drawn]))
-        fresh = draw_starts(resample, rng, n_starts=1, n_candidates=_FRESH_CANDIDATES)
-        found[i] = min((resample.minimise(start, rounds=2) for start in (theta, *fresh)), key=lambda answer: answer[1])[0]
+        if small:
+            fresh = draw_starts(resample, rng, n_starts=1, n_candidates=_FRESH_CANDIDATES)
+            found[i] = min((approach(resample, start) for start in (theta, *fresh)), key=lambda answer: answer[1])[0]
+        else:
+            found[i] = refit(resample, theta)[0]
         if progress:
             progress(i + 1, n)
     return found, n_degenerate

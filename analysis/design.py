@@ -10,16 +10,16 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from analysis.data import ResultsData
-from analysis.laws import HELD_EXPONENT, Change, Law, Term
+from analysis.laws import HELD_EXPONENT, VARIABLES, Change, Law, Term
 
 Array = np.ndarray
 
 LEVEL_WIDTH = 1.12
 """Values within this ratio are one level: the realised R of one target may scatter by 5% to either side."""
 MIN_DECADES_OF_N = 1.5
+RUNS_PER_CONSTANT_FOR_OFFSETS = 3
+"""Offsets are the finest detail of a law; with fewer runs they fit noise and blur every other constant."""
 COLLINEAR = 0.95
-SPARE_RUNS = 2
-"""Runs wanted beyond the number of free constants, so that the residuals say something about noise."""
 
 
 def levels(values: Iterable[float], width: float = LEVEL_WIDTH) -> list[float]:
@@ -33,21 +33,32 @@ def levels(values: Iterable[float], width: float = LEVEL_WIDTH) -> list[float]:
     return [float(np.median(group)) for group in found]
 
 
+def spare_runs(n_free: int) -> int:
+    """Runs wanted beyond the number of free constants, so that the residuals say something about noise: half as many, 2 at least."""
+    return max(2, n_free // 2)
+
+
 def reduce_law(law: Law, data: ResultsData) -> Law:
     """The richest nested reduction of `law` that the design supports; `law` itself where it supports all of it.
 
     First by axes: a power law over an axis with one value cannot be told from the floor, one with two values is joined by
-    any exponent, an offset needs four. Then by number: the law's own ladder is climbed down until
-    `SPARE_RUNS` more runs than free constants remain, or the ladder ends.
+    any exponent, an offset needs four. Then by number: the law's own ladder is climbed down until `spare_runs` more runs
+    than free constants remain, or the ladder ends.
     """
     variables = law.compute_variables({name: data.values(name) for name in law.inputs})
     n_levels = {name: len(levels(values)) for name, values in variables.items()}
     for term in law.terms:
         for change in _changes_by_axes(law, term, n_levels, has_floor=law.floor is not None):
             law = law.apply(change)
+    if "N" in law.inputs and len(levels(data.N)) == 1:
+        law = _tie_size_exponents(law)
     n_runs = len(set(data.run_ids))
+    offsets = [p.name for p in law.free if p.kind == "offset"]
+    if n_runs < RUNS_PER_CONSTANT_FOR_OFFSETS * len(law.free):
+        reason = f"offsets need {RUNS_PER_CONSTANT_FOR_OFFSETS} runs a constant"
+        law = law.apply(*(Change("fix", name, value=0.0, reason=reason) for name in offsets))
     for step in law.ladder:
-        if n_runs >= len(law.free) + SPARE_RUNS:
+        if n_runs >= len(law.free) + spare_runs(len(law.free)):
             break
         law = law.apply(*(c for c in step if _applies(law, c)))
     # Fewer runs than constants even at the end of the ladder: keep what a mean and at most one trend need.
@@ -75,6 +86,14 @@ def _changes_by_axes(law: Law, term: Term, n_levels: Mapping[str, int], *, has_f
             reason = f"{factor.variable} takes two values, which any exponent joins; 3 are needed"
             changes.append(Change("fix", factor.exponent, value=HELD_EXPONENT, reason=reason))
     return changes
+
+
+def _tie_size_exponents(law: Law) -> Law:
+    """One model size: the share P moves N(1-P) and N P together, too little for an exponent each."""
+    held = dict(law.fixed)
+    names = [f.exponent for t in law.terms for f in t.factors if "N" in VARIABLES[f.variable].inputs and f.exponent not in held]
+    first, *others = dict.fromkeys(names) or [""]
+    return law.apply(*(Change("tie", name, other=first, reason="only one model size") for name in others))
 
 
 def _shared(law: Law, exponent: str) -> bool:

@@ -7,13 +7,14 @@ import numpy as np
 from scipy import stats
 
 from analysis.data import ResultsData
+from analysis.descent import minimise, refit
 from analysis.design import Axis, levels
-from analysis.laws import Change, Law, Parameter
+from analysis.laws import VARIABLES, Change, Law, Parameter
 from analysis.objective import Problem
 
 Array = np.ndarray
 
-WIDE_RATIO = {"exponent": 4.0, "floor": 4.0, "offset": 100.0, "amplitude": 1e3}
+WIDE_RATIO = {"exponent": 3.0, "floor": 3.0, "offset": 100.0, "amplitude": 1e3}
 """Upper over lower end of a 95% interval beyond which a constant is not identified; an amplitude in natural units moves by
 orders of magnitude with its exponent, so more is let through there."""
 _AT_BOUND = 1e-6
@@ -93,7 +94,7 @@ def flat_profiles(problem: Problem, theta: Array) -> dict[str, str]:
     spare = len(problem) - len(theta)
     if spare < 1:
         return {}
-    optimum, value = squares.minimise(theta, rounds=3)
+    optimum, value = minimise(squares, theta, rounds=3)
     allowed = value * (1 + float(stats.f.ppf(0.95, 1, spare)) / spare)
     values = squares.values(optimum)
     flat = {}
@@ -105,7 +106,7 @@ def flat_profiles(problem: Problem, theta: Array) -> dict[str, str]:
             if trial == values[p.name] or (p.kind == "floor" and trial >= problem.target_scale * problem.target.min()):
                 continue
             held = squares.with_law(Change("fix", p.name, value=trial))
-            if held.minimise(held.theta(values), rounds=2)[1] <= allowed:
+            if refit(held, held.theta(values))[1] <= allowed:
                 flat[p.name] = f"{'half' if factor < 1 else 'double'} its value fits as well"
                 break
     return flat
@@ -119,17 +120,11 @@ def design_limits(law: Law, data: ResultsData) -> dict[str, str]:
     one_size = len(levels(data.N)) == 1
     for term in law.terms:
         for factor in term.factors:
-            if "N" in _inputs(factor.variable) and factor.variable != "N" and one_size:
+            if "N" in VARIABLES[factor.variable].inputs and factor.variable != "N" and one_size:
                 size = f"only one model size (N = {np.median(data.N):.3g}); the share P alone moves it"
                 limits[factor.exponent] = size
                 limits[term.amplitude] = size
     return limits
-
-
-def _inputs(variable: str) -> tuple[str, ...]:
-    from analysis.laws import VARIABLES
-
-    return VARIABLES[variable].inputs
 
 
 def wide_interval(parameter: Parameter, low: float, high: float) -> str | None:

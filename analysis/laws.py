@@ -7,6 +7,7 @@ gradient serves all, and a nested reduction (an offset held at 0, two exponents 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -123,7 +124,7 @@ class Law:
     changes: tuple[Change, ...] = ()
     ladder: tuple[tuple[Change, ...], ...] = ()
 
-    @property
+    @functools.cached_property
     def parameters(self) -> tuple[Parameter, ...]:
         """All constants in the order of the equation, held ones included."""
         found: dict[str, Parameter] = {}
@@ -137,18 +138,18 @@ class Law:
                     found.setdefault(factor.offset, Parameter(factor.offset, "offset"))
         return tuple(found.values())
 
-    @property
+    @functools.cached_property
     def free(self) -> tuple[Parameter, ...]:
         """The constants that are estimated."""
         held = dict(self.fixed)
         return tuple(p for p in self.parameters if p.name not in held)
 
-    @property
+    @functools.cached_property
     def variables(self) -> tuple[str, ...]:
         """Names of the variables that are raised to powers."""
         return tuple(dict.fromkeys(f.variable for term in self.terms for f in term.factors))
 
-    @property
+    @functools.cached_property
     def inputs(self) -> tuple[str, ...]:
         """Names of the inputs of `predict`."""
         found = dict.fromkeys(i for name in self.variables for i in VARIABLES[name].inputs)

@@ -1,4 +1,4 @@
-"""What a fit minimises: a law on centred variables against the data, its gradient, and one reliable descent.
+"""What a fit minimises: a law on centred variables against the data, and its gradient.
 
 Centred means: every variable is divided by its geometric mean and the loss by its own, and amplitudes are fitted as
 logarithms of what their term contributes at the centre. That takes the condition number of a Chinchilla fit from 4e6 to
@@ -6,12 +6,12 @@ about 1e3 (FITTING, pitfall 11).
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from scipy import optimize
 
 from analysis.data import ResultsData
 from analysis.laws import Change, Law
@@ -23,8 +23,6 @@ LOSSES: tuple[LossKind, ...] = ("log_huber", "log_mse", "mse")
 
 _AMPLITUDE = (math.log(1e-7), math.log(1e4))  # of a term's share of the typical loss, at the centre
 _OFFSET = (0.0, 100.0)  # in units of the variable's geometric mean
-_POLISH_ROUNDS = 12
-_SETTLED = 1e-10
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,7 +93,9 @@ class Problem:
     def _offset_scale(self, name: str) -> float:
         return next(self.scales[f.variable] for t in self.law.terms for f in t.factors if f.offset == name)
 
+    @functools.cached_property
     def _held(self) -> dict[str, float]:
+        """Held parameters in scaled units."""
         kinds = {p.name: p.kind for p in self.law.parameters}
         divisor = {"floor": lambda _: self.target_scale, "offset": self._offset_scale, "exponent": lambda _: 1.0}
         return {name: value / divisor[kinds[name]](name) for name, value in self.law.fixed}
@@ -103,7 +103,7 @@ class Problem:
     def scaled_values(self, theta: Array) -> dict[str, float]:
         """Centred constants from theta: logarithms of amplitudes undone, held parameters put in."""
         free = self.law.free
-        return self._held() | {p.name: math.exp(t) if p.kind == "amplitude" else float(t) for p, t in zip(free, theta)}
+        return self._held | {p.name: math.exp(t) if p.kind == "amplitude" else float(t) for p, t in zip(free, theta)}
 
     def values(self, theta: Array) -> dict[str, float]:
         """Constants in natural units (parameters, tokens, nats) from theta."""
@@ -177,68 +177,3 @@ class Problem:
         slope = np.clip(residuals, -self.delta, self.delta) if self.loss == "log_huber" else 2.0 * residuals
         value = float(np.sum(self.penalties(residuals))) / self.delta**2
         return value, jacobian.T @ slope / self.delta**2
-
-    # -- descent ---------------------------------------------------------------------------------------------------
-
-    def minimise(self, theta: Array, rounds: int = _POLISH_ROUNDS) -> tuple[Array, float]:
-        """Descend from theta until neither method improves.
-
-        A trust-region Gauss-Newton step handles the ill-conditioned valley, L-BFGS-B the kink of a small delta, where
-        Gauss-Newton sees no curvature. The answer is judged by its objective alone; what an optimiser says about its own
-        success is not used.
-
-        Returns:
-            theta and its scaled objective.
-        """
-        lower, upper = self.bounds()
-        if not len(theta):
-            return theta, self.scaled_objective(theta)[0]
-        best = np.clip(theta, lower, upper)
-        value = self.scaled_objective(best)[0]
-        for _ in range(rounds):
-            before = value
-            for step in (self._gauss_newton, self._quasi_newton):
-                candidate = np.clip(step(best, lower, upper), lower, upper)
-                reached = self.scaled_objective(candidate)[0]
-                if reached < value:
-                    best, value = candidate, reached
-            if before - value <= _SETTLED * before:
-                break
-        return best, value
-
-    def _gauss_newton(self, theta: Array, lower: Array, upper: Array) -> Array:
-        inside = np.clip(theta, lower + 1e-10 * (upper - lower), upper - 1e-10 * (upper - lower))
-        cached: dict[bytes, tuple[Array, Array]] = {}
-
-        def both(t: Array) -> tuple[Array, Array]:
-            key = t.tobytes()
-            if key not in cached:
-                cached.clear()
-                cached[key] = self.residuals_and_jacobian(t)
-            return cached[key]
-
-        huber: dict[str, Any] = {"loss": "huber", "f_scale": self.delta} if self.loss == "log_huber" else {}
-        answer = optimize.least_squares(
-            lambda t: both(t)[0],
-            inside,
-            jac=lambda t: both(t)[1],
-            bounds=(lower, upper),
-            x_scale="jac",
-            xtol=1e-15,
-            ftol=1e-15,
-            gtol=1e-15,
-            max_nfev=100,
-            **huber,
-        )
-        return answer.x
-
-    def _quasi_newton(self, theta: Array, lower: Array, upper: Array) -> Array:
-        answer = optimize.minimize(
-            self.scaled_objective,
-            theta,
-            jac=True,
-            method="L-BFGS-B",
-            bounds=np.column_stack([lower, upper]),
-            options={"maxiter": 1000, "maxfun": 2000, "maxcor": 20, "ftol": 1e-14, "gtol": 1e-9},
-        )
-        return answer.x

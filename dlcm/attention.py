@@ -34,7 +34,14 @@ def self_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, packing: Packing
 
 
 def cross_attention(
-    q_THA: Tensor, k_1KGA: Tensor, v_1KGA: Tensor, segments: Segments, *, own_segment: bool, log_length: bool, backend: str
+    q_THA: Tensor,
+    k_1KGA: Tensor,
+    v_1KGA: Tensor,
+    segments: Segments,
+    *,
+    own_segment: bool,
+    log_length: bool,
+    backend: str,
 ) -> Tensor:
     """Attention of tokens to concepts (eqs 12-14) under the visibility rule.
 
@@ -112,7 +119,13 @@ def _mask_to_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _visibility_bias(
-    ordinal_Q: Tensor, offset_Q: Tensor, column: Tensor, length: Tensor, own_segment: bool, log_length: bool, dtype: torch.dtype
+    ordinal_Q: Tensor,
+    offset_Q: Tensor,
+    column: Tensor,
+    length: Tensor,
+    own_segment: bool,
+    log_length: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Bias on the scores of queries against key columns of the same document; -inf where a key is hidden.
 

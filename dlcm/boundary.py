@@ -25,9 +25,8 @@ from dlcm.layers import Linear
 
 # Cosines are kept this far from +-1, so that a score is at most about 14 logits in fp32.
 _COSINE_MARGIN = 1e-6
-# Gains of the running threshold on the newest batch quantile and on its trend; critically damped (rate^2 / 4).
-_QUANTILE_RATE = 0.05
-_TREND_RATE = _QUANTILE_RATE**2 / 4
+# Share of the newest batch quantile in the running threshold: a lag of some seven steps.
+_QUANTILE_RATE = 0.15
 
 # Above any vocabulary, so that (position, token) pairs have keys of their own.
 _POSITION_STRIDE = 1 << 24
@@ -41,16 +40,14 @@ class Boundaries:
     Attributes:
         decision_T: b_t.
         prob_T: p_t = sigmoid(s_t); one at the first token of every document.
-        score_T: s_t in logits, or None where there is no score (fixed, delimiter, injected).
+        score_T: s_t in logits, infinite at the first token of every document; None without a score (fixed, delimiter).
         sharp_prob_T: probability that the training decision draws from, or None.
-        quantile: the score that a share 1/R of all tokens reaches, or None: where the threshold should lie.
     """
 
     decision_T: Tensor
     prob_T: Tensor
     score_T: Tensor | None = None
     sharp_prob_T: Tensor | None = None
-    quantile: Tensor | None = None
 
 
 def uniform_draws(seed: int, step: int, position_T: Tensor) -> Tensor:
@@ -111,7 +108,6 @@ class BoundaryDetector(nn.Module):
 
     offset_sample: Tensor
     offset_threshold: Tensor
-    threshold_trend: Tensor
     delimiters_V4: Tensor
 
     def __init__(self, config: BoundaryConfig, d_token: int, vocab_size: int) -> None:
@@ -123,7 +119,6 @@ class BoundaryDetector(nn.Module):
             self.w_k = Linear(d_token, config.d_scan, side="token")
         self.register_buffer("offset_sample", torch.zeros(()))
         self.register_buffer("offset_threshold", torch.zeros(()))
-        self.register_buffer("threshold_trend", torch.zeros(()))
         if config.detector.startswith("delimiter"):
             # Rows: token ends one, starts one, holds one inside, always followed by a boundary. Filled from the tokenizer.
             self.register_buffer("delimiters_V4", torch.zeros(vocab_size, 4, dtype=torch.bool))
@@ -147,12 +142,11 @@ class BoundaryDetector(nn.Module):
             return self._certain(self._every_r(packing.position_T), first_T)
         if detector.startswith("delimiter"):
             return self._certain(self._after_delimiters(tokens_T, packing), first_T)
-        score_T = self._score(h_TW, tokens_T, packing)
-        top = torch.finfo(score_T.dtype).max
-        prob_T = score_T.sigmoid().masked_fill(first_T, 1.0)
+        score_T = self._score(h_TW, tokens_T, packing).masked_fill(first_T, math.inf)
+        prob_T = score_T.sigmoid()
         # One probability serves the draw and the straight-through path. It does not sharpen a constant.
         temperature = 1.0 if detector == "random" else self.config.temperature
-        sharp_T = ((score_T + self.offset_sample) / temperature).sigmoid().masked_fill(first_T, 1.0)
+        sharp_T = ((score_T + self.offset_sample) / temperature).sigmoid()
         if detector == "random" and draws_T is None:
             draws_T = self._draws_from_text(tokens_T, packing)
         sampled = detector == "random" or (detector == "learned" and self.config.decision == "sample")
@@ -160,8 +154,7 @@ class BoundaryDetector(nn.Module):
             decision_T = draws_T.to(sharp_T.dtype) < sharp_T.detach()
         else:
             decision_T = score_T.detach() + self.offset_threshold >= 0
-        quantile = _upper_quantile(score_T.detach().masked_fill(first_T, top), 1.0 / self.ratio)
-        return Boundaries(decision_T | first_T, prob_T, score_T, sharp_T, quantile)
+        return Boundaries(decision_T, prob_T, score_T, sharp_T)
 
     def _certain(self, decision_T: Tensor, first_T: Tensor) -> Boundaries:
         decision_T = decision_T | first_T
@@ -196,19 +189,20 @@ class BoundaryDetector(nn.Module):
             return torch.log1p(-cosine_T) - torch.log1p(cosine_T)
 
     @torch.no_grad()
-    def control(self, rate: float, quantile: Tensor | None, *, first_step: bool = False) -> None:
+    def control(self, rate: float, scores_T: Tensor, *, first_step: bool = False) -> None:
         """Move both offsets after a step towards a boundary rate of 1/R.
 
         The sampling offset is an integral controller, o -= gain (F - 1/R) R: the sampled rate has no standing error and the
         temperature bounds its slope, so the loop is stable. A threshold has no such bound (all scores may be nearly equal),
-        so its offset follows the running 1/R quantile of the scores instead, which is stable for any scale; a trend term keeps
-        it from lagging behind scores that drift as the model learns.
+        so its offset follows the running 1/R quantile of the scores instead, which is stable for any scale. `calibrate` sets
+        it without lag or noise at the end of training.
 
         Args:
             rate: F, the share of boundaries among the tokens of the global batch at this step.
-            quantile: of the scores of the global batch (`Boundaries.quantile`, averaged over micro-batches).
+            scores_T: scores of the global batch (`Boundaries.score_T`).
             first_step: start the threshold (and the sampling offset) at the quantile instead of moving it there.
         """
+        quantile = self._quantile(scores_T)
         if not self.is_controlled or quantile is None:
             return
         if first_step:
@@ -217,22 +211,30 @@ class BoundaryDetector(nn.Module):
                 self.offset_sample.copy_(-quantile)
                 return
         else:
-            error = -quantile.to(self.offset_threshold.dtype) - self.offset_threshold
-            self.threshold_trend += _TREND_RATE * error
-            self.offset_threshold += _QUANTILE_RATE * error + self.threshold_trend
+            self.offset_threshold.lerp_(-quantile, _QUANTILE_RATE)
         self.offset_sample -= self.config.control_gain * (rate * self.ratio - 1.0)
+
+    @torch.no_grad()
+    def calibrate(self, scores_T: Tensor) -> None:
+        """Set the inference threshold to the 1/R quantile of these scores, of the text that R shall hold on."""
+        quantile = self._quantile(scores_T)
+        if quantile is not None:
+            self.offset_threshold.copy_(-quantile)
+
+    def _quantile(self, scores_T: Tensor) -> Tensor | None:
+        """A threshold that a share 1/R of the scores reaches; None where first tokens alone are as many.
+
+        It lies midway between two scores, so that rounding elsewhere does not flip the token that it was read from.
+        """
+        n = round(scores_T.numel() / self.ratio)
+        if not 1 <= n < scores_T.numel():
+            return None
+        quantile = scores_T.topk(n + 1).values[-2:].mean().to(self.offset_threshold.dtype)
+        return quantile if torch.isfinite(quantile) else None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
-
-
-def _upper_quantile(x_T: Tensor, share: float) -> Tensor | None:
-    """The value that a share of the elements reaches or exceeds."""
-    if x_T.numel() == 0:
-        return None
-    n = min(max(round(share * x_T.numel()), 1), x_T.numel())
-    return x_T.topk(n, sorted=False).values.min()
 
 
 def delimiter_table(token_bytes: list[bytes], vocab_size: int, granularity: str) -> Tensor:

@@ -48,10 +48,14 @@ def load_checkpoint(run_dir: Path, config: RunConfig) -> dict[str, Any] | None:
             faults.append(f"{path.name}: {type(error).__name__}")
             continue
         if state.get("schema") != SCHEMA_VERSION or state.get("config_hash") != config.hash:
-            raise UserError(f"{path}: written for another config or version; use a new run directory or delete the checkpoints")
+            raise UserError(
+                f"{path}: written for another config or version; use a new run directory or delete the checkpoints"
+            )
         return state
     if faults:
-        raise UserError(f"{run_dir / 'checkpoints'}: no readable checkpoint ({'; '.join(faults)}); delete them to start this run again")
+        raise UserError(
+            f"{run_dir / 'checkpoints'}: no readable checkpoint ({'; '.join(faults)}); delete them to start this run again"
+        )
     return None
 
 
@@ -64,7 +68,9 @@ def load_config(run_dir: Path) -> RunConfig:
     path = run_dir / "run.json"
     record = read_json(path)
     if record.get("schema") != SCHEMA_VERSION:
-        raise UserError(f"{path}: schema {record.get('schema')!r}, this version reads {SCHEMA_VERSION}; use the version in env.json")
+        raise UserError(
+            f"{path}: schema {record.get('schema')!r}, this version reads {SCHEMA_VERSION}; use the version in env.json"
+        )
     return parse(RunConfig, record.get("config"), f"{path}: config")
 
 

@@ -38,12 +38,15 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         context_settings={"max_content_width": 140, "help_option_names": ["-h", "--help"]},
     )
+    groups = {"model": app}
     for point in sorted(entry_points(group="dlcm.commands"), key=lambda p: p.name):
         sub = point.load()
-        if point.name == "model":
-            app.registered_commands.extend(sub.registered_commands)
-        else:
-            app.add_typer(sub, name=point.name)
+        # `flops.sweep` adds the verbs of a package above `flops` to the group `flops`, so that imports still go one way.
+        group, _, _ = point.name.partition(".")
+        if group not in groups:
+            groups[group] = typer.Typer(help=sub.info.help, no_args_is_help=True, rich_markup_mode=None)
+            app.add_typer(groups[group], name=group)
+        groups[group].registered_commands.extend(sub.registered_commands)
     return app
 
 
@@ -66,10 +69,12 @@ def main() -> None:
         sys.exit(0)
     except Exception as error:
         # Usage errors come from click or from typer's own copy of it, by version: both can format themselves.
-        if not hasattr(error, "format_message"):
+        format_message = getattr(error, "format_message", None)
+        if format_message is None:
             raise
         context = getattr(error, "ctx", None)
-        _fail(error.format_message() + (f" (see '{context.command_path} --help')" if context else ""), error.exit_code)
+        hint = f" (see '{context.command_path} --help')" if context else ""
+        _fail(format_message() + hint, getattr(error, "exit_code", 2))
 
 
 def _fail(message: str, code: int) -> None:

@@ -132,7 +132,9 @@ def segment(boundaries_T: Tensor, tokens: Packing) -> Segments:
         ValueError: a document that does not start with a boundary would share a concept with the one before it.
     """
     if boundaries_T.shape != (tokens.n_total,) or boundaries_T.dtype != torch.bool:
-        raise ValueError(f"boundaries must be bool of shape ({tokens.n_total},), got {boundaries_T.dtype} {tuple(boundaries_T.shape)}")
+        raise ValueError(
+            f"boundaries must be bool of shape ({tokens.n_total},), got {boundaries_T.dtype} {tuple(boundaries_T.shape)}"
+        )
     if not bool(boundaries_T[tokens.is_first_T].all()):
         raise ValueError("the first token of every document must be a boundary")
     starts_K = boundaries_T.nonzero().squeeze(1)

@@ -24,21 +24,33 @@ class Frozen(pydantic.BaseModel):
 
 
 class BoundaryConfig(Frozen):
-    """How concept boundaries are decided, and how their rate is held (SCIENCE: eqs 5, 6, 10)."""
+    """How concept boundaries are decided, and how their rate is held (eqs 5, 6, 10 of the paper)."""
 
-    detector: Detector = Field("learned", description="what proposes a boundary; all but `learned` are controls")
-    compression_ratio: float = Field(4.0, gt=1.0, description="R, the target number of tokens per concept; above 1")
-    d_scan: PositiveInt = Field(64, description="width of the scan space of W_q, W_k; fixed across model widths")
-    temperature: float = Field(0.1, gt=0.0, description="p_sharp = sigmoid(logit(p) / temperature)")
+    detector: Detector = Field(
+        default="learned", description="what proposes a boundary; all but `learned` are controls"
+    )
+    compression_ratio: float = Field(
+        default=4.0, gt=1.0, description="R, the target number of tokens per concept; above 1"
+    )
+    d_scan: PositiveInt = Field(
+        default=64, description="width of the scan space of W_q, W_k; fixed across model widths"
+    )
+    temperature: float = Field(default=0.1, gt=0.0, description="p_sharp = sigmoid(logit(p) / temperature)")
     decision: Literal["sample", "threshold"] = Field(
-        "sample", description="training decisions: Bernoulli(p_sharp) as in the paper, or the threshold used at inference"
+        default="sample",
+        description="training decisions: Bernoulli(p_sharp) as in the paper, or the threshold used at inference",
     )
     control: Literal["none", "bias"] = Field(
-        "bias", description="`bias` adds an integral controller of the boundary rate; `none` leaves it to the ratio loss"
+        default="bias",
+        description="`bias` adds an integral controller of the boundary rate; `none` leaves it to the ratio loss",
     )
-    control_gain: float = Field(0.1, gt=0.0, description="step of the controller, in logits per unit of relative rate error")
-    ratio_loss_weight: float = Field(0.03, ge=0.0, description="lambda, weight of the ratio loss (eq 15)")
-    straight_through: bool = Field(False, description="let the language-model loss reach W_q, W_k; the paper does not")
+    control_gain: float = Field(
+        default=0.1, gt=0.0, description="step of the controller, in logits per unit of relative rate error"
+    )
+    ratio_loss_weight: float = Field(default=0.03, ge=0.0, description="lambda, weight of the ratio loss (eq 15)")
+    straight_through: bool = Field(
+        default=False, description="let the language-model loss reach W_q, W_k; the paper does not"
+    )
 
 
 class ModelConfig(Frozen):
@@ -47,16 +59,20 @@ class ModelConfig(Frozen):
     A dense model is the encoder alone: `n_concept_layers = n_decoder_layers = 0` and no boundary block.
     """
 
-    kind: Literal["dlcm", "dense"] = Field("dlcm", description="DLCM, or a LLaMA-style decoder from the same code")
-    vocab_size: PositiveInt = Field(4096, description="rows of the embedding")
+    kind: Literal["dlcm", "dense"] = Field(
+        default="dlcm", description="DLCM, or a LLaMA-style decoder from the same code"
+    )
+    vocab_size: PositiveInt = Field(default=4096, description="rows of the embedding")
     d_token: PositiveInt = Field(description="width of encoder and decoder")
-    d_concept: int = Field(0, ge=0, description="width of the concept backbone; 0 for a dense model")
+    d_concept: int = Field(default=0, ge=0, description="width of the concept backbone; 0 for a dense model")
     n_encoder_layers: PositiveInt = Field(description="layers of the encoder; all layers of a dense model")
-    n_concept_layers: int = Field(0, ge=0, description="layers of the concept backbone")
-    n_decoder_layers: int = Field(0, ge=0, description="layers of the decoder")
-    d_head: PositiveInt = Field(32, description="width of one attention head, everywhere; even, for the rotary embedding")
+    n_concept_layers: int = Field(default=0, ge=0, description="layers of the concept backbone")
+    n_decoder_layers: int = Field(default=0, ge=0, description="layers of the decoder")
+    d_head: PositiveInt = Field(
+        default=32, description="width of one attention head, everywhere; even, for the rotary embedding"
+    )
     n_heads_token: PositiveInt = Field(description="query heads of encoder, decoder and cross-attention")
-    n_heads_concept: int = Field(0, ge=0, description="query heads of the backbone")
+    n_heads_concept: int = Field(default=0, ge=0, description="query heads of the backbone")
     n_kv_heads_token: PositiveInt = Field(
         default_factory=lambda data: data.get("n_heads_token", 1), description="key-value heads (GQA) on the token side"
     )
@@ -64,29 +80,35 @@ class ModelConfig(Frozen):
         default_factory=lambda data: data.get("n_heads_concept", 0), ge=0, description="key-value heads of the backbone"
     )
     d_ff_token: PositiveInt = Field(description="hidden width of the SwiGLU of encoder and decoder")
-    d_ff_concept: int = Field(0, ge=0, description="hidden width of the SwiGLU of the backbone")
+    d_ff_concept: int = Field(default=0, ge=0, description="hidden width of the SwiGLU of the backbone")
     boundary: BoundaryConfig | None = Field(
         default_factory=lambda data: BoundaryConfig() if data.get("kind") == "dlcm" else None,
         description="boundary detector and its rate control; none for a dense model",
     )
-    pooling: Literal["mean", "first"] = Field("mean", description="how a segment becomes a concept (eq 7)")
-    smoothing: Literal["none", "causal"] = Field("causal", description="smoother of the concepts (eq 11)")
+    pooling: Literal["mean", "first"] = Field(default="mean", description="how a segment becomes a concept (eq 7)")
+    smoothing: Literal["none", "causal"] = Field(default="causal", description="smoother of the concepts (eq 11)")
     concept_bias: Literal["log_length", "none"] = Field(
-        "log_length", description="bias on cross-attention scores: as concept replication trains it, or eq 14 as printed"
+        default="log_length",
+        description="bias on cross-attention scores: as concept replication trains it, or eq 14 as printed",
     )
     cross_attention: Literal["every_layer", "once"] = Field(
-        "every_layer", description="cross-attention in each decoder layer, or in the first alone"
+        default="every_layer", description="cross-attention in each decoder layer, or in the first alone"
     )
-    attention_backend: Literal["auto", "reference", "sdpa"] = Field("auto", description="how attention is computed")
-    tie_embeddings: bool = Field(False, description="share the embedding with the unembedding")
-    rope_theta: float = Field(10_000.0, gt=0.0, description="base of the rotary frequencies")
+    attention_backend: Literal["auto", "reference", "sdpa"] = Field(
+        default="auto", description="how attention is computed"
+    )
+    tie_embeddings: bool = Field(default=False, description="share the embedding with the unembedding")
+    rope_theta: float = Field(default=10_000.0, gt=0.0, description="base of the rotary frequencies")
     d_token_base: PositiveInt = Field(
-        default_factory=lambda data: data.get("d_token", 1), description="token width at which learning rates were tuned (muP)"
+        default_factory=lambda data: data.get("d_token", 1),
+        description="token width at which learning rates were tuned (muP)",
     )
     d_concept_base: int = Field(
         default_factory=lambda data: data.get("d_concept", 0), ge=0, description="concept width of the same proxy (muP)"
     )
-    init_std: float = Field(0.02, gt=0.0, description="initial standard deviation at the base width")
+    init_gain: float = Field(
+        default=1.0, gt=0.0, description="initial standard deviation of a matrix times the square root of its fan-in width"
+    )
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> "ModelConfig":
@@ -94,7 +116,9 @@ class ModelConfig(Frozen):
         if self.kind == "dense":
             given = [name for name in concept_fields if getattr(self, name)]
             if given or self.boundary is not None:
-                raise ValueError(f"a dense model takes no {', '.join(given or ['boundary'])}; remove it or set kind: dlcm")
+                raise ValueError(
+                    f"a dense model takes no {', '.join(given or ['boundary'])}; remove it or set kind: dlcm"
+                )
         else:
             absent = [name for name in (*concept_fields, "d_concept_base") if not getattr(self, name)]
             if absent or self.boundary is None:
@@ -137,32 +161,42 @@ class DataConfig(Frozen):
     """Which text, cut how."""
 
     corpus: str = Field(
-        "stdlib",
+        default="stdlib",
         description="`stdlib`, `packages`, `hf:NAME`, or a path: text file, folder, .jsonl[.gz|.zst], .parquet",
     )
     tokenizer: str = Field(
-        "bpe-4096", description="`bytes`, `bpe-VOCAB` (trained on the corpus), a tokenizer.json, or `hub:NAME`"
+        default="bpe-4096", description="`bytes`, `bpe-VOCAB` (trained on the corpus), a tokenizer.json, or `hub:NAME`"
     )
-    text_key: str = Field("text", description="key or column of the text in JSONL, parquet and hub data sets")
-    seq_len: PositiveInt = Field(256, description="tokens of one packed window; attention never crosses a document")
-    validation_share: float = Field(0.05, gt=0.0, lt=1.0, description="share of documents kept for validation, by content hash")
-    validation_tokens: PositiveInt = Field(65_536, description="tokens of the fixed validation set, at most")
+    text_key: str = Field(default="text", description="key or column of the text in JSONL, parquet and hub data sets")
+    seq_len: PositiveInt = Field(
+        default=256, description="tokens of one packed window; attention never crosses a document"
+    )
+    validation_share: float = Field(
+        default=0.05, gt=0.0, lt=1.0, description="share of documents kept for validation, by content hash"
+    )
+    validation_tokens: PositiveInt = Field(default=65_536, description="tokens of the fixed validation set, at most")
 
 
 class OptimConfig(Frozen):
     """AdamW with muP groups, and the schedule. Learning rates are those of the base width."""
 
-    lr_token: float = Field(3e-3, gt=0.0, description="peak learning rate of the token-side matrices at the base width")
-    lr_concept: float = Field(3e-3, gt=0.0, description="peak learning rate of the concept-side matrices at the base width")
-    schedule: Literal["wsd", "cosine"] = Field("wsd", description="warm-up, stable, decay; or warm-up and cosine")
-    warmup_share: Share = Field(0.05, description="share of the tokens spent warming up")
-    decay_share: Share = Field(0.2, description="share of the tokens in the final linear decay of `wsd`")
-    final_lr_ratio: Share = Field(0.0, description="learning rate at the end over the peak")
-    beta1: float = Field(0.9, ge=0.0, lt=1.0, description="Adam beta 1")
-    beta2: float = Field(0.95, ge=0.0, lt=1.0, description="Adam beta 2")
-    eps: float = Field(1e-8, gt=0.0, description="Adam epsilon at the base width")
-    weight_decay: float = Field(0.1, ge=0.0, description="decoupled weight decay at the base width")
-    clip_norm: float = Field(1.0, gt=0.0, description="largest global gradient norm")
+    lr_token: float = Field(
+        default=3e-3, gt=0.0, description="peak learning rate of the token-side matrices at the base width"
+    )
+    lr_concept: float = Field(
+        default=3e-3, gt=0.0, description="peak learning rate of the concept-side matrices at the base width"
+    )
+    schedule: Literal["wsd", "cosine"] = Field(
+        default="wsd", description="warm-up, stable, decay; or warm-up and cosine"
+    )
+    warmup_share: Share = Field(default=0.05, description="share of the tokens spent warming up")
+    decay_share: Share = Field(default=0.2, description="share of the tokens in the final linear decay of `wsd`")
+    final_lr_ratio: Share = Field(default=0.0, description="learning rate at the end over the peak")
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0, description="Adam beta 1")
+    beta2: float = Field(default=0.95, ge=0.0, lt=1.0, description="Adam beta 2")
+    eps: float = Field(default=1e-8, gt=0.0, description="Adam epsilon at the base width")
+    weight_decay: float = Field(default=0.1, ge=0.0, description="decoupled weight decay at the base width")
+    clip_norm: float = Field(default=1.0, gt=0.0, description="largest global gradient norm")
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> "OptimConfig":
@@ -175,13 +209,19 @@ class TrainConfig(Frozen):
     """How long, in which batches, and what is written on the way."""
 
     tokens: PositiveInt = Field(description="training tokens, the budget of the run; rounded down to whole steps")
-    batch_tokens: PositiveInt = Field(2_048, description="tokens of one optimizer step, over all ranks")
-    micro_batch_tokens: PositiveInt | None = Field(None, description="tokens of one forward pass; all of the batch by default")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast on GPU, fp32 on CPU")
-    log_every: PositiveInt = Field(10, description="steps between two lines of metrics.jsonl")
-    checkpoint_every: PositiveInt = Field(100, description="steps between two checkpoints")
+    batch_tokens: PositiveInt = Field(default=2_048, description="tokens of one optimizer step, over all ranks")
+    micro_batch_tokens: PositiveInt | None = Field(
+        default=None, description="tokens of one forward pass; all of the batch by default"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="auto: bf16 autocast on GPU, fp32 on CPU"
+    )
+    log_every: PositiveInt = Field(default=10, description="steps between two lines of metrics.jsonl")
+    checkpoint_every: PositiveInt = Field(default=100, description="steps between two checkpoints")
     divergence_factor: float = Field(
-        1.5, gt=1.0, description="diverged when the running loss exceeds this many times ln(vocabulary), or is not finite"
+        default=1.5,
+        gt=1.0,
+        description="diverged when the running loss exceeds this many times ln(vocabulary), or is not finite",
     )
 
 
@@ -192,7 +232,7 @@ class RunConfig(Frozen):
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
-    seed: int = Field(0, ge=0, description="seeds initial weights, data order and boundary sampling")
+    seed: int = Field(default=0, ge=0, description="seeds initial weights, data order and boundary sampling")
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> "RunConfig":
@@ -226,7 +266,11 @@ class RunConfig(Frozen):
     def run_id(self) -> str:
         """Readable prefix and hash of the whole config; the same config has the same id on every machine."""
         model = self.model
-        shape = f"w{model.d_token}x{model.d_concept}-r{model.compression_target:g}" if not model.is_dense else f"w{model.d_token}"
+        shape = (
+            f"w{model.d_token}x{model.d_concept}-r{model.compression_target:g}"
+            if not model.is_dense
+            else f"w{model.d_token}"
+        )
         return f"{model.kind}-{shape}-t{_short(self.tokens)}-s{self.seed}-{self.hash[:10]}"
 
     @property

@@ -191,16 +191,28 @@ def _is_jsonl(path: Path) -> bool:
 
 
 def _read_jsonl(path: Path, key: str) -> Iterator[str]:
+    for number, row in read_rows(path):
+        yield _text_of(row, key, f"{path}:{number}")
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers and objects of a .jsonl, .jsonl.gz or .jsonl.zst file; blank lines are passed over.
+
+    Raises:
+        UserError: unreadable or damaged file, or a line that is not a JSON object, with its number.
+    """
     number = 0
     try:
         with _open_binary(path) as file:
             for number, line in enumerate(file, 1):
                 if not line.isspace():
-                    yield _text_of(_parse_row(line, f"{path}:{number}"), key, f"{path}:{number}")
+                    yield number, _parse_row(line, f"{path}:{number}")
     except (EOFError, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: damaged after line {number} ({error}); fetch it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({error.strerror or error})") from None
     except Exception as error:
-        if type(error).__name__ != "ZstdError":
+        if type(error).__name__ != "ZstdError":  # naming the class would import zstandard for every corpus
             raise
         raise UserError(f"{path}: damaged after line {number} ({error}); fetch it again") from None
 

@@ -16,7 +16,7 @@ Side = Literal["token", "concept"]
 
 
 class Linear(nn.Linear):
-    """A bias-free linear map that records which width its fan-in grows with: muP scales per matrix by that (SCIENCE 1.3)."""
+    """A bias-free linear map that records which width its fan-in grows with: muP scales per matrix by that."""
 
     def __init__(self, d_in: int, d_out: int, side: Side) -> None:
         self.side: Side = side

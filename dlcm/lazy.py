@@ -18,7 +18,11 @@ class _LazyPackage(types.ModuleType):
         if name not in self._exports:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         module = importlib.import_module(self._exports[name])
-        value = module if self._exports[name] == f"{self.__name__}.{name}" and not hasattr(module, name) else getattr(module, name)
+        value = (
+            module
+            if self._exports[name] == f"{self.__name__}.{name}" and not hasattr(module, name)
+            else getattr(module, name)
+        )
         types.ModuleType.__setattr__(self, name, value)
         return value
 

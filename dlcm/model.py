@@ -14,7 +14,6 @@ Shape legend: B batch, T tokens (packed), K concepts (packed), S documents, W to
 H query heads, G key-value heads, A head width, V vocabulary.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -165,20 +164,28 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """All initialisation: std = init_std / sqrt(s) by the fan-in of each matrix (SCIENCE 1.3), gains one, smoother identity."""
+        """All initialisation.
+
+        Matrices: std = gain / sqrt(width of their fan-in), so that the variance falls as 1/s (muP). Embedding and null
+        concept: the same at the base width, whatever the width. Norm gains one, smoother the identity, unembedding zero
+        unless tied, so that the first loss is ln V.
+        """
         config = self.config
-        scale = {"token": config.mup_scale_token, "concept": config.mup_scale_concept}
+        std = {"token": config.init_gain * config.d_token**-0.5}
+        if not config.is_dense:
+            std["concept"] = config.init_gain * config.d_concept**-0.5
+        base_std = config.init_gain * config.d_token_base**-0.5
         for module in self.modules():
             if isinstance(module, Linear):
-                module.weight.normal_(0.0, config.init_std / math.sqrt(scale[module.side]), generator=generator)
+                module.weight.normal_(0.0, std[module.side], generator=generator)
             elif isinstance(module, RMSNorm):
                 module.weight.fill_(1.0)
             elif isinstance(module, ConceptStack):
                 if config.smoothing == "causal":
                     module.smoother_4C.zero_()
                 if module.null_1C is not None:
-                    module.null_1C.normal_(0.0, config.init_std, generator=generator)
-        self.embedding.weight.normal_(0.0, config.init_std, generator=generator)
+                    module.null_1C.normal_(0.0, base_std, generator=generator)
+        self.embedding.weight.normal_(0.0, base_std, generator=generator)
         if not config.tie_embeddings:
             self.unembedding.weight.zero_()
 
@@ -250,11 +257,10 @@ class Model(nn.Module):
         return x_TW
 
     @torch.no_grad()
-    def boundary_rate(self, tokens_T: Tensor, cu_seqlens: Tensor, draws_T: Tensor | None) -> int:
-        """Number of boundaries that `forward` would decide, at the cost of the encoder alone."""
+    def detect(self, tokens_T: Tensor, cu_seqlens: Tensor, draws_T: Tensor | None = None) -> Boundaries:
+        """What `forward` would decide about the boundaries of packed tokens, at the cost of the encoder alone."""
         packing = Packing(cu_seqlens.long())
-        h_TW = self._encode(tokens_T, packing, self._rotary(packing))
-        return int(self.boundary(h_TW, tokens_T, packing, draws_T).decision_T.sum())
+        return self.boundary(self._encode(tokens_T, packing, self._rotary(packing)), tokens_T, packing, draws_T)
 
 
 def build_model(config: ModelConfig, *, seed: int = 0) -> Model:
@@ -272,7 +278,9 @@ def build_model(config: ModelConfig, *, seed: int = 0) -> Model:
 def next_token_loss(output: Output, targets: Tensor, *, reduction: str = "mean") -> Tensor:
     """Cross-entropy in nats, in at least fp32."""
     logits = output.logits.flatten(0, -2)
-    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets.flatten(), reduction=reduction)
+    return F.cross_entropy(
+        logits if logits.dtype == torch.float64 else logits.float(), targets.flatten(), reduction=reduction
+    )
 
 
 def _bounds(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Decoupled muP as AdamW parameter groups, and the learning-rate schedules (SCIENCE 1.3).
+"""Decoupled muP as AdamW parameter groups, and the learning-rate schedules.
 
 | matrix                                        | fan-in  | learning rate, epsilon | weight decay |
 |-----------------------------------------------|---------|------------------------|--------------|
@@ -28,7 +28,7 @@ def parameter_groups(model: Model, config: OptimConfig) -> list[dict]:
     Raises:
         RuntimeError: a parameter is in no group or in two; a new kind of parameter needs a row in the table above.
     """
-    groups: dict[tuple[str, str], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, str], list[torch.Tensor]] = {}
     for module in model.modules():
         if isinstance(module, Linear):
             role = ("output", "token") if module is model.unembedding else ("matrix", module.side)
@@ -46,7 +46,7 @@ def parameter_groups(model: Model, config: OptimConfig) -> list[dict]:
     return [_group(role, side, params, model.config, config) for (role, side), params in groups.items()]
 
 
-def _group(role: str, side: str, params: list[nn.Parameter], model: ModelConfig, optim: OptimConfig) -> dict:
+def _group(role: str, side: str, params: list[torch.Tensor], model: ModelConfig, optim: OptimConfig) -> dict:
     lr = optim.lr_token if side == "token" else optim.lr_concept
     s = 1.0
     if role == "matrix":

@@ -27,13 +27,12 @@ from dlcm.optim import build_optimizer, lr_factor
 from dlcm.provenance import describe_environment
 from dlcm.record import append_metrics, cut_metrics, read_json, run_lock, write_json
 from dlcm.shards import Batch, Corpus, open_corpus
+from dlcm.validation import calibrate_threshold, evaluate_loss
 
 # The last share of steps over which the realised R in training is averaged.
 FINAL_SHARE = 0.1
 # Weight of the past in the running loss that decides about divergence.
 _RUNNING_LOSS_DECAY = 0.9
-# Tokens of one validation forward pass.
-_VALIDATION_BATCH_TOKENS = 8_192
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,18 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """The content of `result.json`. Losses are nats per token on the validation set; None where the run diverged."""
+    """The content of `result.json`; None where the run diverged.
+
+    Attributes:
+        loss_nats: validation loss, nats per token.
+        bits_per_byte: the same in bits per UTF-8 byte.
+        tokens_per_concept: realised R on the validation set, under the calibrated threshold that the loss is measured with.
+        tokens_per_concept_train: realised R in training, over the last tenth of the steps.
+        tokens_per_concept_uncalibrated: what R on the validation set would be under the threshold followed in training.
+        epochs: how often the training split was gone through.
+        params: counts by group.
+        wall_s: seconds of training and evaluation, over all interruptions.
+    """
 
     run_id: str
     status: str
@@ -59,6 +69,7 @@ class Result:
     bits_per_byte: float | None
     tokens_per_concept: float | None
     tokens_per_concept_train: float | None
+    tokens_per_concept_uncalibrated: float | None
     epochs: float
     params: dict[str, int]
     wall_s: float
@@ -78,6 +89,7 @@ class _Tally:
     final_tokens: int = 0
     final_concepts: int = 0
     running_loss: float | None = None
+    uncalibrated: float | None = None
     wall_s: float = 0.0
 
     def reset_interval(self) -> None:
@@ -92,7 +104,7 @@ class _StepSums:
     loss: float = 0.0
     concepts: int = 0
     prob: float = 0.0
-    quantiles: list[Tensor] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
 
 
 def train(config: RunConfig, run_dir: Path | str, *, on_step: Callable[[Progress], None] | None = None) -> Result:
@@ -170,10 +182,12 @@ class _Trainer:
             loss, grad_norm = self._train_step()
             self.step += 1
             tokens_per_s = self.config.train.batch_tokens / (time.perf_counter() - started)
-            reason = self._divergence(loss)
+            reason = self._divergence(loss, grad_norm)
             last = self.step == self.config.n_steps
             if last or reason or self.step % self.config.train.log_every == 0:
                 self._log(grad_norm, tokens_per_s)
+            if last and not reason:
+                self.tally.uncalibrated = calibrate_threshold(self.model, self.corpus, self.config, self.autocast)
             if not reason and (last or self.step % self.config.train.checkpoint_every == 0):
                 self.tally.wall_s += time.perf_counter() - clock
                 clock = time.perf_counter()
@@ -197,7 +211,11 @@ class _Trainer:
         cut_metrics(self.metrics_path, self.step)
 
     def _save(self) -> None:
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "tally": asdict(self.tally)}
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "tally": asdict(self.tally),
+        }
         save_checkpoint(self.run_dir, self.step, self.config, state)
 
     def _train_step(self) -> tuple[float, float]:
@@ -231,7 +249,7 @@ class _Trainer:
         if len(parts) == 1 or not self._has_ratio_loss:
             return None
         with self.autocast:
-            count = sum(self.model.boundary_rate(tokens, cu, draws) for tokens, _, cu, draws in parts)
+            count = sum(int(self.model.detect(tokens, cu, draws).decision_T.sum()) for tokens, _, cu, draws in parts)
         return count / self.config.train.batch_tokens
 
     @property
@@ -248,22 +266,21 @@ class _Trainer:
         objective = loss_sum / n_tokens
         boundary = self.config.model.boundary
         if boundary is not None and self._has_ratio_loss:
-            rate = out.n_concepts / n_tokens if rate is None else rate
-            aux = ratio_loss(rate, out.boundary_prob.sum(), n_tokens, boundary.compression_ratio)
+            here = out.n_concepts / n_tokens if rate is None else rate
+            aux = ratio_loss(here, out.boundary_prob.sum(), n_tokens, boundary.compression_ratio)
             objective = objective + boundary.ratio_loss_weight * aux
         objective.backward()
         sums.loss += float(loss_sum.detach())
         sums.concepts += out.n_concepts
         sums.prob += float(out.boundary_prob.detach().sum())
-        if out.detection is not None and out.detection.quantile is not None:
-            sums.quantiles.append(out.detection.quantile)
+        if out.detection is not None and out.detection.score_T is not None:
+            sums.scores.append(out.detection.score_T.detach())
 
     def _account(self, sums: _StepSums) -> None:
         """Move the ratio controller and add the step to the running sums."""
         n_tokens, tally = self.config.train.batch_tokens, self.tally
-        if sums.quantiles:
-            quantile = torch.stack(sums.quantiles).mean()
-            self.model.boundary.control(sums.concepts / n_tokens, quantile, first_step=self.step == 0)
+        if sums.scores:
+            self.model.boundary.control(sums.concepts / n_tokens, torch.cat(sums.scores), first_step=self.step == 0)
         tally.loss_sum += sums.loss
         tally.boundary_sum += sums.concepts
         tally.prob_sum += sums.prob
@@ -272,16 +289,19 @@ class _Trainer:
             tally.final_tokens += n_tokens
             tally.final_concepts += sums.concepts
 
-    def _divergence(self, loss: float) -> str | None:
+    def _divergence(self, loss: float, grad_norm: float) -> str | None:
         """Why the run counts as diverged, or None."""
-        if not math.isfinite(loss):
-            return f"loss is {loss} at step {self.step}"
+        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+            if not math.isfinite(value):
+                return f"{name} is {value} at step {self.step}"
         before = self.tally.running_loss
         running = loss if before is None else _RUNNING_LOSS_DECAY * before + (1 - _RUNNING_LOSS_DECAY) * loss
         self.tally.running_loss = running
         limit = self.config.train.divergence_factor * math.log(self.config.model.vocab_size)
         if running > limit:
-            return f"running loss {running:.3f} nats is above {limit:.3f} (divergence_factor x ln V) at step {self.step}"
+            return (
+                f"running loss {running:.3f} nats is above {limit:.3f} (divergence_factor x ln V) at step {self.step}"
+            )
         return None
 
     def _log(self, grad_norm: float, tokens_per_s: float) -> None:
@@ -312,42 +332,13 @@ class _Trainer:
             bits_per_byte=measured.bits_per_byte if measured else None,
             tokens_per_concept=measured.tokens_per_concept if measured else None,
             tokens_per_concept_train=tally.final_tokens / tally.final_concepts if tally.final_concepts else None,
+            tokens_per_concept_uncalibrated=tally.uncalibrated,
             epochs=self.corpus.train.epochs(self._tokens),
             params=parameter_counts(self.model),
             wall_s=round(wall_s, 3),
             device=self.device_name,
             reason=reason,
         )
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Loss on the fixed validation set."""
-
-    loss_nats: float
-    bits_per_byte: float
-    tokens_per_concept: float
-
-
-@torch.no_grad()
-def evaluate_loss(model: Model, corpus: Corpus, config: RunConfig, autocast: torch.autocast | None = None) -> Validation:
-    """Mean loss over the fixed validation windows, with thresholded boundaries as at inference.
-
-    bits per byte = total nats / ln 2 / UTF-8 bytes of the predicted tokens; the end of a document is predicted but has none.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    autocast = autocast or torch.autocast(device.type, enabled=False)
-    nats, n_tokens, n_concepts, n_bytes = 0.0, 0, 0, 0
-    for batch in corpus.validation.windows(config.data.seq_len, config.data.validation_tokens, _VALIDATION_BATCH_TOKENS):
-        tokens_T, targets_T = torch.from_numpy(batch.tokens_T).to(device), torch.from_numpy(batch.targets_T).to(device)
-        with autocast:
-            out = model(tokens_T, cu_seqlens=torch.from_numpy(batch.cu_seqlens).to(device))
-        nats += float(next_token_loss(out, targets_T, reduction="sum"))
-        n_tokens += batch.tokens_T.size
-        n_concepts += out.n_concepts
-        n_bytes += corpus.target_bytes(batch)
-    return Validation(nats / n_tokens, nats / math.log(2) / max(n_bytes, 1), n_tokens / max(n_concepts, 1))
 
 
 def prepare_model(config: RunConfig, corpus: Corpus) -> Model:

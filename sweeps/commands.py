@@ -1,4 +1,4 @@
-"""The verbs `dlcm sweep ...` and `dlcm flops table`. Only typer is imported here, so that `dlcm --help` answers at once."""
+"""The verbs `dlcm sweep ...` and `dlcm flops table`. Only typer is imported here: `dlcm --help` must answer at once."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,9 +13,24 @@ SweepFile = Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="the sweep
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 CsvFile = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="also write the table as CSV")]
 
+SweepName = Annotated[str, typer.Argument(metavar="SWEEP", help="its directory, its name under --dir, or its file")]
+RunNames = Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="run ids, or their first or last part")]
+RunsDir = Annotated[Path, typer.Option("--dir", metavar="DIR", help="where sweeps are stored")]
+OnCluster = Annotated[str, typer.Option("--cluster", metavar="local|slurm|debug", help="where the runs run")]
+MaybeCluster = Annotated[
+    str | None, typer.Option("--cluster", metavar="local|slurm|debug", help="where; as the last submit by default")
+]
+Concurrency = Annotated[int | None, typer.Option("--concurrency", help="runs at once; as in the sweep file by default")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", help="CPU threads of one run; as in the sweep file by default")
+]
+RunsPerTask = Annotated[int, typer.Option("--runs-per-task", help="slurm: runs that one array task trains in turn")]
+Detach = Annotated[bool | None, typer.Option("--detach/--wait", help="return at once (default with slurm)")]
+_RUNS = Path("runs")
+
 
 @app.command("plan")
-def plan_verb(file: SweepFile, json: AsJson = False, csv: CsvFile = None) -> None:
+def plan_verb(file: SweepFile, as_json: AsJson = False, csv: CsvFile = None) -> None:
     """Show the runs of a sweep, their shapes and their cost; nothing is trained."""
     import sys
 
@@ -28,10 +43,10 @@ def plan_verb(file: SweepFile, json: AsJson = False, csv: CsvFile = None) -> Non
         from dlcm.record import write_atomic
 
         write_atomic(csv, format_csv(planned))
-    if json:
-        import json as json_module
+    if as_json:
+        import json
 
-        print(json_module.dumps(plan_json(planned), indent=2))
+        print(json.dumps(plan_json(planned), indent=2))
     elif sys.stdout.isatty():
         from rich.console import Console
 
@@ -42,7 +57,7 @@ def plan_verb(file: SweepFile, json: AsJson = False, csv: CsvFile = None) -> Non
 
 
 @flops_app.command("table")
-def flops_table_verb(file: SweepFile, json: AsJson = False, csv: CsvFile = None) -> None:
+def flops_table_verb(file: SweepFile, as_json: AsJson = False, csv: CsvFile = None) -> None:
     """Forward FLOPs per token of every run of a sweep, by component."""
     from flops.table import format_table, table_csv, table_rows
     from sweeps.plan import plan
@@ -56,9 +71,105 @@ def flops_table_verb(file: SweepFile, json: AsJson = False, csv: CsvFile = None)
         from dlcm.record import write_atomic
 
         write_atomic(csv, table_csv(rows))
-    if json:
-        import json as json_module
+    if as_json:
+        import json
 
-        print(json_module.dumps({"sweep": planned.sweep.name, "rows": rows}, indent=2))
+        print(json.dumps({"sweep": planned.sweep.name, "rows": rows}, indent=2))
     else:
         print(format_table(rows))
+
+
+@app.command("submit")
+def submit_verb(
+    file: SweepFile,
+    cluster: OnCluster = "local",
+    runs_dir: RunsDir = _RUNS,
+    concurrency: Concurrency = None,
+    threads: Threads = None,
+    runs_per_task: RunsPerTask = 1,
+    detach: Detach = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and what would be trained")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train what is not finished of a sweep: on this machine, on SLURM, or in this process (debug)."""
+    from sweeps.plan import plan
+    from sweeps.session import check_options, launch_and_show, show_dry_run
+    from sweeps.spec import Sweep
+
+    options = check_options(cluster, concurrency, threads, runs_per_task)
+    planned = plan(Sweep.from_yaml(file))
+    sweep_dir = runs_dir / planned.sweep.name
+    if dry_run:
+        show_dry_run(planned, sweep_dir, as_json=as_json)
+        return
+    raise typer.Exit(launch_and_show(planned, sweep_dir, options, detach=detach, as_json=as_json))
+
+
+@app.command("status")
+def status_verb(
+    sweep: SweepName,
+    runs_dir: RunsDir = _RUNS,
+    watch: Annotated[bool, typer.Option("--watch", help="keep showing until nothing runs any more")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show how each run of a sweep stands, with progress and time left."""
+    from sweeps.session import show_status
+    from sweeps.store import find_sweep
+
+    show_status(find_sweep(sweep, runs_dir), keep_watching=watch, as_json=as_json)
+
+
+@app.command("logs")
+def logs_verb(
+    sweep: SweepName,
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="run id; the workers' logs where absent")] = None,
+    runs_dir: RunsDir = _RUNS,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="last lines to show")] = 40,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on while the run runs")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a run printed, and why it failed."""
+    from sweeps.session import show_logs
+    from sweeps.store import find_sweep
+
+    show_logs(find_sweep(sweep, runs_dir), run, n_lines=lines, keep_following=follow, as_json=as_json)
+
+
+@app.command("cancel")
+def cancel_verb(sweep: SweepName, runs: RunNames = None, runs_dir: RunsDir = _RUNS, as_json: AsJson = False) -> None:
+    """Cancel runs of a sweep, or all that are unfinished; checkpoints stay, and a submit resumes them."""
+    from sweeps.control import cancel
+    from sweeps.session import show_cancelled
+    from sweeps.store import find_sweep
+
+    show_cancelled(cancel(find_sweep(sweep, runs_dir), runs or ()), as_json=as_json)
+
+
+@app.command("retry")
+def retry_verb(
+    sweep: SweepName,
+    runs: RunNames = None,
+    cluster: MaybeCluster = None,
+    runs_dir: RunsDir = _RUNS,
+    concurrency: Concurrency = None,
+    threads: Threads = None,
+    runs_per_task: RunsPerTask = 1,
+    detach: Detach = None,
+    as_json: AsJson = False,
+) -> None:
+    """Send out again the runs that failed, were lost or cancelled, or those named."""
+    from sweeps.session import check_options, retry_and_show
+    from sweeps.store import find_sweep
+
+    sweep_dir = find_sweep(sweep, runs_dir)
+    options = check_options(cluster, concurrency, threads, runs_per_task, sweep_dir=sweep_dir)
+    raise typer.Exit(retry_and_show(sweep_dir, runs or (), options, detach=detach, as_json=as_json))
+
+
+@app.command("collect")
+def collect_verb(sweep: SweepName, runs_dir: RunsDir = _RUNS, as_json: AsJson = False) -> None:
+    """Read all runs of a sweep into results.parquet, one row a run."""
+    from sweeps.session import collect_and_show
+    from sweeps.store import find_sweep
+
+    collect_and_show(find_sweep(sweep, runs_dir), as_json=as_json)

@@ -14,10 +14,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dlcm.errors import UserError
-from dlcm.record import append_metrics, read_metrics
+from dlcm.errors import UserError, nearest
+from dlcm.record import append_metrics, is_locked, read_metrics
 
 Life = Literal["pending", "running", "gone", "unknown"]
+Cluster = Literal["local", "slurm", "debug"]
+CLUSTERS: tuple[Cluster, ...] = ("local", "slurm", "debug")
 
 _SQUEUE_TIMEOUT_S = 20.0
 
@@ -46,6 +48,24 @@ class JobState:
     state: Life
 
 
+def check_submit(cluster: str, concurrency: int | None, threads: int | None, runs_per_task: int) -> None:
+    """Refuse a submit that makes no sense.
+
+    Raises:
+        UserError: unknown cluster, or a number below 1.
+    """
+    if cluster not in CLUSTERS:
+        raise UserError(f"--cluster {cluster}: no such cluster{nearest(cluster, CLUSTERS)}")
+    for name, value in (("concurrency", concurrency), ("threads", threads), ("runs-per-task", runs_per_task)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+
+
+def job_key(job: Job | JobState) -> str:
+    """Name of a job among all of a sweep; a job id alone may come back."""
+    return f"{job.submission}:{job.job_id}"
+
+
 def read_jobs(sweep_dir: Path) -> list[Job]:
     """Every job ever submitted for this sweep, oldest first.
 
@@ -68,14 +88,14 @@ def append_job(sweep_dir: Path, job: Job) -> None:
     append_metrics(sweep_dir / "jobs.jsonl", asdict(job))
 
 
-def job_states(jobs: Iterable[Job]) -> dict[str, JobState]:
+def job_states(sweep_dir: Path) -> dict[str, JobState]:
     """Ask the kernel or the scheduler about each job; where it is silent a job is `unknown`, never `gone`."""
-    jobs = list(jobs)
+    jobs = read_jobs(sweep_dir)
     slurm = _squeue([job.job_id for job in jobs if job.cluster == "slurm"])
     states = {}
     for job in jobs:
-        life = slurm[job.job_id] if job.cluster == "slurm" else _process_life(job)
-        states[f"{job.submission}:{job.job_id}"] = JobState(job.job_id, job.submission, job.cluster, life)
+        life = slurm[job.job_id] if job.cluster == "slurm" else _process_life(job, sweep_dir)
+        states[job_key(job)] = JobState(job.job_id, job.submission, job.cluster, life)
     return states
 
 
@@ -90,9 +110,16 @@ def process_created(pid: int) -> float | None:
     return None
 
 
-def _process_life(job: Job) -> Life:
+def jobs_folder(sweep_dir: Path, submission: int) -> Path:
+    """Where the scheduler's files of a submission lie: one folder each, because process ids come back."""
+    return sweep_dir / "jobs" / f"{submission:04d}"
+
+
+def _process_life(job: Job, sweep_dir: Path) -> Life:
     if job.host != socket.gethostname():
         return "unknown"
+    if job.cluster == "debug":  # the process may be a notebook that goes on long after the work
+        return "running" if is_locked(jobs_folder(sweep_dir, job.submission)) else "gone"
     created = process_created(int(job.job_id))
     alive = created is not None and job.created is not None and abs(created - job.created) < 1.0
     return "running" if alive else "gone"
@@ -125,7 +152,7 @@ def cancel_jobs(jobs: Iterable[Job], states: Mapping[str, JobState]) -> list[str
     Raises:
         UserError: scancel failed, or a local job lives on another machine.
     """
-    live = [job for job in jobs if states[f"{job.submission}:{job.job_id}"].state != "gone"]
+    live = [job for job in jobs if states[job_key(job)].state != "gone"]
     slurm = [job.job_id for job in live if job.cluster == "slurm"]
     if slurm:
         try:

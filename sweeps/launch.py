@@ -8,30 +8,49 @@ for through submitit, whose `result()` has no bound when a job dies without acco
 import contextlib
 import math
 import os
+import pickle
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any
 
 import submitit
-from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
-from submitit.helpers import Checkpointable
+from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths, UncompletedJobError
+from submitit.helpers import DelayedSubmission
 
-from dlcm.errors import UserError, nearest
+from dlcm.errors import UserError
 from dlcm.record import RunBusyError, run_lock
-from sweeps.jobs import Job, append_job, job_states, max_array_size, process_created, read_jobs
-from sweeps.store import RunState, Saved, StoredRun, StoredSweep, check_sweep_dir, load_sweep, save_sweep, sweep_states
+from sweeps.jobs import (
+    Cluster,
+    Job,
+    append_job,
+    check_submit,
+    job_key,
+    job_states,
+    jobs_folder,
+    max_array_size,
+    process_created,
+    read_jobs,
+)
+from sweeps.store import (
+    RunState,
+    Saved,
+    StoredRun,
+    StoredSweep,
+    check_sweep_dir,
+    load_sweep,
+    save_sweep,
+    sweep_states,
+)
 from sweeps.worker import THREAD_VARIABLES, packages_root, thread_environment, work
 
 if TYPE_CHECKING:
     from dlcm.train import Progress
     from sweeps.plan import Plan
-
-Cluster = Literal["local", "slurm", "debug"]
 
 # submitit wants a limit for local jobs; ours end when no run is left.
 _LOCAL_LIMIT_MIN = 60 * 24 * 365
@@ -53,12 +72,16 @@ class Submission:
     saved: Saved | None = None
 
 
-class Worker(Checkpointable):
-    """The job: pickled by submitit, requeued as it is after a time-out or a preemption."""
+@dataclass(frozen=True)
+class Worker:
+    """The job: pickled by submitit, and put back into the queue as it is after a time-out or a preemption."""
 
-    def __init__(self, sweep_dir: Path, submission: int, threads: int, max_runs: int | None, root: Path) -> None:
-        self.sweep_dir, self.submission, self.threads = sweep_dir, submission, threads
-        self.max_runs, self.root = max_runs, root
+    sweep_dir: Path
+    submission: int
+    threads: int
+    root: Path
+    max_runs: int | None = None
+    only: tuple[str, ...] | None = None
 
     def __call__(self) -> dict[str, list[str]]:
         """Work on the sweep directory until no run is left for this worker."""
@@ -67,11 +90,16 @@ class Worker(Checkpointable):
             submission=self.submission,
             threads=self.threads,
             max_runs=self.max_runs,
+            only=self.only,
             root=self.root,
             job_id=submitit.JobEnvironment().job_id,
             fatal=(UncompletedJobError,),
         )
-        return {"finished": report.finished, "failed": report.failed, "cancelled": report.cancelled}
+        return asdict(report)
+
+    def checkpoint(self) -> DelayedSubmission:
+        """What submitit requeues: the same worker; what is done and what is not stands in the run directories."""
+        return DelayedSubmission(self)
 
 
 def launch(
@@ -103,7 +131,7 @@ def launch(
     Raises:
         UserError: the directory is not a sweep, another submit is writing to it, or the cluster refuses the job.
     """
-    _check_cluster(cluster, concurrency, threads, runs_per_task)
+    check_submit(cluster, concurrency, threads, runs_per_task)
     check_sweep_dir(sweep_dir)  # before the lock puts a file into it
     with _submit_lock(sweep_dir):
         saved = save_sweep(plan, sweep_dir)
@@ -126,18 +154,23 @@ def resubmit(
     concurrency: int | None = None,
     threads: int | None = None,
     runs_per_task: int = 1,
+    run_ids: Sequence[str] | None = None,
     on_run: Callable[[StoredRun], None] | None = None,
     on_step: Callable[["Progress"], None] | None = None,
     saved: Saved | None = None,
 ) -> Submission:
-    """Submit workers for the unfinished runs of a stored sweep; arguments and errors as `launch`."""
-    _check_cluster(cluster, concurrency, threads, runs_per_task)
+    """Submit workers for the unfinished runs of a stored sweep, or for those of `run_ids` alone.
+
+    The other arguments and the errors are those of `launch`.
+    """
+    check_submit(cluster, concurrency, threads, runs_per_task)
     sweep_dir = sweep_dir.resolve()
     with _submit_lock(sweep_dir):
         sweep = load_sweep(sweep_dir)
         jobs = read_jobs(sweep_dir)
-        states = sweep_states(sweep, job_states(jobs))
-        todo = [state for state in states if _is_to_train(state)]
+        states = sweep_states(sweep, job_states(sweep_dir))
+        only = None if run_ids is None else tuple(sweep.run(name).run_id for name in run_ids)
+        todo = [state for state in states if is_to_train(state) and (only is None or state.run_id in only)]
         number = max((job.submission for job in jobs), default=0) + 1
         for state in todo:
             (sweep_dir / state.run_id / "cancelled.json").unlink(missing_ok=True)
@@ -146,34 +179,36 @@ def resubmit(
         if todo and cluster != "debug":
             submit = _submit_local if cluster == "local" else _submit_slurm
             max_runs = runs_per_task if cluster == "slurm" else None
-            worker = cast(Worker, Worker(sweep_dir, number, threads, max_runs, packages_root()))
+            worker = Worker(sweep_dir, number, threads, packages_root(), max_runs, only)
             job_ids = submit(sweep, worker, len(todo), concurrency)
         elif todo:
             job_ids = [str(os.getpid())]
             _record(sweep_dir, number, "debug", job_ids, {"threads": threads})
     if todo and cluster == "debug":
-        work(sweep_dir, submission=number, threads=threads, capture=False, on_run=on_run, on_step=on_step)
+        with run_lock(jobs_folder(sweep_dir, number)):
+            work(
+                sweep_dir,
+                submission=number,
+                threads=threads,
+                only=only,
+                capture=False,
+                on_run=on_run,
+                on_step=on_step,
+            )
     return Submission(
         sweep_dir=sweep_dir,
         number=number,
         cluster=cluster,
         job_ids=tuple(job_ids),
         to_train=tuple(state.run_id for state in todo),
-        skipped=tuple(state for state in states if state.in_plan and not _is_to_train(state)),
+        skipped=tuple(state for state in states if state.in_plan and not is_to_train(state)),
         saved=saved,
     )
 
 
-def _is_to_train(state: RunState) -> bool:
+def is_to_train(state: RunState) -> bool:
+    """Whether a submit would send workers for this run: nobody is at it, and something is left to do."""
     return state.in_plan and not state.is_complete and state.status not in ("running", "queued")
-
-
-def _check_cluster(cluster: str, concurrency: int | None, threads: int | None, runs_per_task: int) -> None:
-    if cluster not in get_args(Cluster):
-        raise UserError(f"--cluster {cluster}: no such cluster{nearest(cluster, get_args(Cluster))}")
-    for name, value in (("concurrency", concurrency), ("threads", threads), ("runs-per-task", runs_per_task)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
 
 
 @contextlib.contextmanager
@@ -201,16 +236,11 @@ def _record(sweep_dir: Path, number: int, cluster: Cluster, job_ids: list[str], 
         )
 
 
-def _jobs_folder(worker: Worker) -> Path:
-    # One folder a submission: local jobs are named by process ids, which come back.
-    return worker.sweep_dir / "jobs" / f"{worker.submission:04d}"
-
-
 def _submit_local(sweep: StoredSweep, worker: Worker, n_runs: int, concurrency: int | None) -> list[str]:
     n_workers = min(concurrency or sweep.spec.cluster.concurrency, n_runs)
     gpus = _local_gpus(sweep.spec.cluster.gpus, n_workers)
     options = {"concurrency": concurrency, "threads": worker.threads}
-    executor = submitit.LocalExecutor(_jobs_folder(worker))
+    executor = submitit.LocalExecutor(jobs_folder(worker.sweep_dir, worker.submission))
     job_ids = []
     for mine in gpus:
         executor.update_parameters(timeout_min=_LOCAL_LIMIT_MIN, gpus_per_node=len(mine), visible_gpus=mine)
@@ -258,7 +288,9 @@ def _submit_slurm(sweep: StoredSweep, worker: Worker, n_runs: int, concurrency: 
     parallel = max(1, (concurrency or cluster.array_parallelism) // n_arrays)  # the cap holds for each array apart
     options = {"concurrency": concurrency, "threads": worker.threads, "runs_per_task": per_task}
     try:
-        executor = submitit.SlurmExecutor(_jobs_folder(worker), max_num_timeout=_MAX_TIMEOUTS)
+        executor = submitit.SlurmExecutor(
+            jobs_folder(worker.sweep_dir, worker.submission), max_num_timeout=_MAX_TIMEOUTS
+        )
     except RuntimeError:
         raise UserError("--cluster slurm: no srun on PATH, so this is no SLURM machine; use --cluster local") from None
     executor.update_parameters(**_slurm_parameters(sweep, worker, parallel))
@@ -301,3 +333,21 @@ def _slurm_parameters(sweep: StoredSweep, worker: Worker, parallel: int) -> dict
         "setup": [*exports, *cluster.setup],
         **{name: value for name, value in optional.items() if value is not None},
     }
+
+
+def worker_faults(sweep_dir: Path, submission: int) -> dict[str, str]:
+    """Why workers of a submission ended before the work did: job id -> the last line of what they said."""
+    faults = {}
+    states = job_states(sweep_dir)
+    for job in read_jobs(sweep_dir):
+        if job.submission != submission or job.cluster == "debug" or states[job_key(job)].state != "gone":
+            continue
+        paths = JobPaths(jobs_folder(sweep_dir, submission), job_id=job.job_id, task_id=0)
+        if not paths.result_pickle.exists():
+            faults[job.job_id] = f"ended without a word: killed, out of memory or out of time ({paths.stderr})"
+            continue
+        outcome, answer = pickle.loads(paths.result_pickle.read_bytes())
+        if outcome == "error":
+            lines = [line for line in answer.splitlines() if line.strip()]
+            faults[job.job_id] = lines[-1].strip() if lines else "unknown error"
+    return faults

@@ -11,7 +11,7 @@
       list: [{model.pooling: mean}, {model.pooling: first}]                    # as written
     budgets: {flops: [1e12, 3e12]}                                             # or tokens, or tokens_per_parameter
     baseline: {match: parameters}                                              # the dense model at each size
-    evaluate: [cloze, ../data/openbook_qa.jsonl]
+    evaluate: [corpus, ../data/openbook_qa.jsonl]
     cluster: {partition: gpu, time: "4:00:00", gpus: 1}
 
 `grid`, `zip` and `list` combine by product: each may be left out, and a key may stand in one of them only.
@@ -268,10 +268,7 @@ def _checked_paths(sweep: Sweep, where: str, folder: Path) -> dict[str, Any]:
                 "list": tuple(files(point, f"axes.list[{i}]") for i, point in enumerate(listed)),
             }
         ),
-        "evaluate": tuple(
-            _find(task, folder, f"{where}: evaluate") if task.endswith((".jsonl", ".jsonl.gz")) else task
-            for task in sweep.evaluate
-        ),
+        "evaluate": _tasks(sweep.evaluate, folder, f"{where}: evaluate"),
     }
     if sweep.baseline is not None:
         overrides = check_paths(sweep.baseline.set, f"{where}: baseline.set", {})
@@ -280,6 +277,21 @@ def _checked_paths(sweep: Sweep, where: str, folder: Path) -> dict[str, Any]:
                 raise UserError(f"{where}: baseline.set.{key}: the baseline is dense and takes its size from baseline.sizes")
         update["baseline"] = sweep.baseline.model_copy(update={"set": files(overrides, "baseline.set")})
     return update
+
+
+def _tasks(tasks: tuple[str, ...], folder: Path, where: str) -> tuple[str, ...]:
+    """The evaluation tasks with the paths of files absolute; an unknown name is refused with the nearest."""
+    if not tasks:
+        return ()
+    from dlcm.corpus import JSONL_SUFFIXES
+    from dlcm.tasks import check_tasks
+
+    found = tuple(_find(task, folder, where) if task.endswith(JSONL_SUFFIXES) else task for task in tasks)
+    try:
+        check_tasks(found)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return found
 
 
 def _resolve(key: str, value: Any, folder: Path, where: str) -> Any:

@@ -13,7 +13,6 @@ never from anything that was printed.
 
 import json
 import math
-import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from dlcm.config import RunConfig
 from dlcm.errors import UserError, nearest, parse
 from dlcm.record import is_locked, read_json, write_atomic
 from dlcm.yaml_io import load_yaml
-from sweeps.jobs import JobState, read_jobs
+from sweeps.jobs import JobState, job_states
 
 if TYPE_CHECKING:
     from sweeps.plan import Plan
@@ -209,10 +208,7 @@ def sweep_states(sweep: StoredSweep, jobs: Mapping[str, JobState] | None = None)
         sweep: a loaded sweep.
         jobs: what `sweeps.jobs.job_states` said of the sweep's jobs; asked anew where absent.
     """
-    if jobs is None:
-        from sweeps.jobs import job_states
-
-        jobs = job_states(read_jobs(sweep.path))
+    jobs = job_states(sweep.path) if jobs is None else jobs
     alive = [job for job in jobs.values() if job.state != "gone"]
     latest = max((job.submission for job in alive), default=0)
     ever = bool(jobs)
@@ -240,7 +236,8 @@ def run_state(run: StoredRun, tasks: Sequence[str] = (), latest_alive: int = 0, 
     status, reason = _derive(beat, held, result, failure, cancelled, latest_alive, submitted)
     missing = ()
     if result and result["status"] == "finished":
-        missing = tuple(task for task in tasks if not (run.path / "eval" / f"{task_file(task)}.json").exists())
+        missing = _missing_evaluations(run, tasks)
+        reason = reason if missing else result.get("reason")  # a failure that was mended is no news
     beat = beat or {}
     left = None
     if status == "running" and beat.get("tokens_per_s"):
@@ -293,9 +290,12 @@ def _derive(
     return "planned", "no worker is left; submit again" if ever else None
 
 
-def task_file(task: str) -> str:
-    """Name of a task in `eval/<task>.json`: a task that is a file is named by its stem."""
-    return re.sub(r"\.jsonl(\.gz|\.zst)?$", "", Path(task).name)
+def _missing_evaluations(run: StoredRun, tasks: Sequence[str]) -> tuple[str, ...]:
+    if not tasks:
+        return ()
+    from dlcm.tasks import task_name
+
+    return tuple(task for task in tasks if not (run.path / "eval" / f"{task_name(task)}.json").exists())
 
 
 def _read_plan(sweep_dir: Path) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from sweeps.jobs import JobState, job_states, read_jobs
+from sweeps.jobs import JobState, job_states
 from sweeps.store import STATUSES, RunState, StoredSweep, load_sweep, sweep_states
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Snapshot:
 
 def take_snapshot(sweep_dir: Path, jobs: dict[str, JobState] | None = None) -> Snapshot:
     """Read the sweep directory now; `jobs` spares the scheduler where they were asked a moment ago."""
-    jobs = job_states(read_jobs(sweep_dir)) if jobs is None else jobs
+    jobs = job_states(sweep_dir) if jobs is None else jobs
     sweep = load_sweep(sweep_dir)
     return Snapshot(sweep, tuple(sweep_states(sweep, jobs)), jobs)
 
@@ -112,7 +112,7 @@ def snapshots(sweep_dir: Path, *, poll_s: float = _POLL_S, stall_s: float = STAL
     while True:
         slurm = jobs is not None and any(job.cluster == "slurm" for job in jobs.values())
         if jobs is None or time.monotonic() - asked > (_SQUEUE_EVERY_S if slurm else 0.0):
-            jobs, asked = job_states(read_jobs(sweep_dir)), time.monotonic()
+            jobs, asked = job_states(sweep_dir), time.monotonic()
         snapshot = take_snapshot(sweep_dir, jobs)
         if snapshot.is_over and asked < moved:
             jobs = None  # the jobs' word is older than the runs': ask once more before ending

@@ -12,15 +12,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dlcm.errors import UserError
 from dlcm.record import RunBusyError, is_locked, read_json, run_lock, write_json
-from sweeps.store import CLAIM, STALE_S, StoredRun, StoredSweep, load_sweep, run_state, task_file
+from sweeps.store import CLAIM, STALE_S, StoredRun, StoredSweep, load_sweep, run_state
 
 if TYPE_CHECKING:
     from dlcm.train import Progress
@@ -80,6 +80,7 @@ def work(
     submission: int,
     threads: int | None = None,
     max_runs: int | None = None,
+    only: Sequence[str] | None = None,
     root: Path | None = None,
     capture: bool = True,
     job_id: str | None = None,
@@ -94,6 +95,7 @@ def work(
         submission: number of the submission: a run that failed in it is not tried again by it.
         threads: CPU threads of torch; unchanged where absent.
         max_runs: leave after this many runs.
+        only: take no other runs than these.
         root: where the submitter had the packages; a worker with another code refuses to run.
         capture: send what the run prints, native code included, to `<run_id>/logs/worker.log`.
         job_id: the scheduler's id of this worker.
@@ -118,6 +120,8 @@ def work(
     while max_runs is None or report.n_taken < max_runs:
         # Read anew each time: a later submission may have added runs, or changed what is evaluated.
         sweep = load_sweep(sweep_dir)
+        if only is not None:
+            sweep = replace(sweep, runs=tuple(run for run in sweep.runs if run.run_id in only))
         with _claim_next(sweep, submission, tried) as run:
             if run is None:
                 return report
@@ -294,13 +298,12 @@ def _stop_if_cancelled(run: StoredRun) -> None:
 
 
 def _evaluate(run: StoredRun, sweep: StoredSweep, beat: Heartbeat) -> None:
-    from dlcm.evaluate import evaluate
+    for task in run_state(run, sweep.spec.evaluate).missing_evaluations:
+        from dlcm.evaluate import evaluate
 
-    for task in sweep.spec.evaluate:
         _stop_if_cancelled(run)
-        if not (run.path / "eval" / f"{task_file(task)}.json").exists():
-            beat.update(phase="evaluate")
-            evaluate(run.path, [task])
+        beat.update(phase="evaluate")
+        evaluate(run.path, [task])
 
 
 def _record_failure(run: StoredRun, stage: str, submission: int, error: Exception) -> None:

@@ -27,7 +27,6 @@ def small_config(detector: str = "learned", **overrides) -> ModelConfig:
         "n_kv_heads_concept": 2,
         "d_ff_token": 24,
         "d_ff_concept": 40,
-        "init_std": 0.3,
         "boundary": BoundaryConfig(**boundary),
     }
     return ModelConfig(**{**fields, **overrides})
@@ -43,7 +42,6 @@ def dense_config(**overrides) -> ModelConfig:
         "n_heads_token": 2,
         "n_kv_heads_token": 1,
         "d_ff_token": 24,
-        "init_std": 0.3,
     }
     return ModelConfig(**{**fields, **overrides})
 

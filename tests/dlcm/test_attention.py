@@ -58,7 +58,9 @@ def loop_cross(q, k, v, segments, own_segment, log_length):
 @pytest.mark.parametrize("lengths", PACKINGS)
 def test_self_attention_equals_a_loop_over_positions(backend, lengths):
     packing, _, q, k, v, _, _ = make_case(lengths)
-    torch.testing.assert_close(self_attention(q, k, v, packing, backend), loop_self(q, k, v, lengths), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        self_attention(q, k, v, packing, backend), loop_self(q, k, v, lengths), atol=1e-12, rtol=0
+    )
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
@@ -91,7 +93,10 @@ def test_sdpa_in_bf16_is_within_twice_the_error_of_eager_bf16(log_length):
     options = {"own_segment": False, "log_length": log_length}
     exact = cross_attention(q, kc, vc, segments, backend="reference", **options)
     low = [x.bfloat16() for x in (q, kc, vc)]
-    errors = {b: (cross_attention(*low, segments, backend=b, **options).double() - exact).norm() for b in ("reference", "sdpa")}
+    errors = {
+        b: (cross_attention(*low, segments, backend=b, **options).double() - exact).norm()
+        for b in ("reference", "sdpa")
+    }
     assert errors["sdpa"] <= 2 * errors["reference"]
     exact = self_attention(q, k, v, packing, "reference")
     low = [x.bfloat16() for x in (q, k, v)]

@@ -38,7 +38,8 @@ def test_micro_batches_of_unequal_size_add_up_to_the_gradient_of_the_whole_batch
     rate = float(b.double().mean())
     (whole,) = torch.autograd.grad(ratio_loss(rate, (x @ w).sigmoid().sum(), 90, 4.0), w)
     parts = sum(
-        torch.autograd.grad(ratio_loss(rate, (part @ w).sigmoid().sum(), 90, 4.0), w)[0] for part in x.split([10, 50, 30])
+        torch.autograd.grad(ratio_loss(rate, (part @ w).sigmoid().sum(), 90, 4.0), w)[0]
+        for part in x.split([10, 50, 30])
     )
     torch.testing.assert_close(parts, whole, atol=1e-12, rtol=0)
 
@@ -71,7 +72,9 @@ def test_zero_vectors_give_a_probability_of_one_half_and_finite_gradients():
 @pytest.mark.parametrize("ratio", [2.0, 2.5, 4.0, 7.3])
 def test_fixed_boundaries_come_every_r_tokens_for_any_real_r(ratio):
     detector = BoundaryDetector(BoundaryConfig(detector="fixed", compression_ratio=ratio), 8, 10)
-    decision = detector(torch.zeros(2000, 8), torch.zeros(2000, dtype=torch.long), Packing(torch.tensor([0, 2000]))).decision_T
+    decision = detector(
+        torch.zeros(2000, 8), torch.zeros(2000, dtype=torch.long), Packing(torch.tensor([0, 2000]))
+    ).decision_T
     assert 2000 / int(decision.sum()) == pytest.approx(ratio, rel=2e-3)
     gaps = decision.nonzero().squeeze(1).diff()
     assert set(gaps.tolist()) <= {math.floor(ratio), math.ceil(ratio)}
@@ -122,7 +125,7 @@ def test_the_controller_holds_the_rate_in_training_and_at_inference_while_the_sc
     for step in range(300):
         h = states(step)
         out = module(h, tokens, packing, uniform_draws(0, step, torch.arange(2048)))
-        module.control(float(out.decision_T.float().mean()), out.quantile, first_step=step == 0)
+        module.control(float(out.decision_T.float().mean()), out.score_T.detach(), first_step=step == 0)
         if step >= 200:
             sampled += int(out.decision_T.sum())
             counted += 2048

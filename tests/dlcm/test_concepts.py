@@ -47,7 +47,9 @@ def test_segments_equal_those_of_a_plain_loop(case):
     firsts = {}
     for k, (document, _) in enumerate(expected):
         firsts.setdefault(document, k)
-    assert segments.ordinal_T.tolist() == [by_token[t][0] - firsts[expected[by_token[t][0]][0]] for t in range(sum(lengths))]
+    assert segments.ordinal_T.tolist() == [
+        by_token[t][0] - firsts[expected[by_token[t][0]][0]] for t in range(sum(lengths))
+    ]
 
 
 @settings(max_examples=60, deadline=None)

@@ -83,7 +83,9 @@ def test_gradients_of_packed_documents_are_those_of_the_documents_alone():
     model = awake(small_config())
     documents = [random_tokens(n, n) for n in (6, 13, 9)]
     cu = torch.tensor([0, 6, 19, 28])
-    next_token_loss(model(torch.cat(documents), cu_seqlens=cu), torch.cat(documents).roll(1), reduction="sum").backward()
+    next_token_loss(
+        model(torch.cat(documents), cu_seqlens=cu), torch.cat(documents).roll(1), reduction="sum"
+    ).backward()
     packed = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     rolled = torch.cat(documents).roll(1).split([6, 13, 9])
@@ -160,7 +162,9 @@ def test_the_smoother_is_the_identity_at_initialisation_and_the_first_loss_is_th
 
 
 @pytest.mark.parametrize("n", [0, 1])
-@pytest.mark.parametrize("config", [small_config(), small_config(pooling="first"), dense_config()], ids=["mean", "first", "dense"])
+@pytest.mark.parametrize(
+    "config", [small_config(), small_config(pooling="first"), dense_config()], ids=["mean", "first", "dense"]
+)
 def test_an_empty_input_and_a_single_token_work(config, n):
     out = awake(config)(random_tokens(n, 0))
     assert out.logits.shape == (n, VOCAB)

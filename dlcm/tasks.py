@@ -1,0 +1,217 @@
+"""What is evaluated: multiple-choice items from a JSONL file or from the corpus itself. No torch, no lm-eval."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dlcm.corpus import JSONL_SUFFIXES, read_rows
+from dlcm.errors import UserError, nearest
+from dlcm.shards import Corpus
+
+CORPUS_TASK = "corpus"
+N_CHOICES = 4
+_ROW_KEYS = ("query", "choices", "gold")
+_UNIGRAM_TOKENS = 2_000_000
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question.
+
+    Attributes:
+        query: the prompt.
+        choices: the answers, as text.
+        gold: index of the right one.
+        choice_bytes: UTF-8 bytes of each answer.
+        query_ids: the prompt as token ids, where the task is cut at tokens; else None and the text is encoded.
+        choice_ids: the answers as token ids, likewise.
+    """
+
+    query: str
+    choices: tuple[str, ...]
+    gold: int
+    choice_bytes: tuple[int, ...]
+    query_ids: tuple[int, ...] | None = None
+    choice_ids: tuple[tuple[int, ...], ...] | None = None
+
+
+@dataclass(frozen=True)
+class EvalTask:
+    """A named list of items; `delimiter` stands between prompt and answer."""
+
+    name: str
+    items: tuple[Item, ...]
+    delimiter: str
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the items, hexadecimal: an equal hash is the same test."""
+        digest = hashlib.sha256(json.dumps([self.name, self.delimiter]).encode())
+        for item in self.items:
+            digest.update(json.dumps(asdict(item), sort_keys=True).encode())
+        return digest.hexdigest()
+
+    @property
+    def chance(self) -> float:
+        """Expected accuracy of guessing."""
+        return sum(1 / len(item.choices) for item in self.items) / len(self.items)
+
+
+@dataclass(frozen=True)
+class CorpusTaskConfig:
+    """Sizes of the built-in task, in tokens and items."""
+
+    n_context: int = 48
+    n_continuation: int = 24
+    n_items: int = 500
+    n_pool: int = 64
+    seed: int = 0
+
+
+def task_name(task: str) -> str:
+    """Name of a task in `eval/<task>.json`: a task that is a file is named by its stem."""
+    name = Path(task).name
+    return next((name.removesuffix(suffix) for suffix in JSONL_SUFFIXES if name.endswith(suffix)), name)
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Refuse what cannot be evaluated before anything is loaded.
+
+    Raises:
+        UserError: an unknown task (with the nearest), a missing file, or two tasks of one name.
+    """
+    names: dict[str, str] = {}
+    for task in tasks:
+        is_file = task.endswith(JSONL_SUFFIXES)
+        if is_file and not Path(task).is_file():
+            raise UserError(f"task {task}: no such file (looked in {Path.cwd()})")
+        if not is_file and task != CORPUS_TASK:
+            raise UserError(f"unknown task {task!r}{nearest(task, [CORPUS_TASK])}, or give a path ending in .jsonl")
+        name = task_name(task)
+        if (is_file and name == CORPUS_TASK) or names.setdefault(name, task) != task:
+            raise UserError(f"task {task}: another task has the name '{name}', which names the result; rename the file")
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise UserError(
+                f"task {task}: rename the file; its stem names columns, so letters, digits, _, . and - only"
+            )
+
+
+def jsonl_task(path: Path, limit: int | None = None) -> EvalTask:
+    """Read `{"query": ..., "choices": [...], "gold": index}` lines; other keys are left alone.
+
+    Raises:
+        UserError: a row that is not that, with file and line.
+    """
+    items = []
+    for number, row in read_rows(path):
+        items.append(_item(row, f"{path}:{number}"))
+        if limit and len(items) == limit:
+            break
+    if not items:
+        raise UserError(f"{path}: no rows")
+    return EvalTask(task_name(str(path)), tuple(items), " ")
+
+
+def corpus_task(corpus: Corpus, limit: int | None = None, config: CorpusTaskConfig = CorpusTaskConfig()) -> EvalTask:
+    """Which of four continuations is the true next passage of a validation document?
+
+    Every validation document is cut where a word begins, so that the continuations of its cuts do not overlap; a cut has
+    `n_context` tokens of the document before it and `n_continuation` after it. Items are drawn from the documents in
+    turn, so that long documents do not dominate. The three wrong answers are continuations of cuts of *other*
+    documents: of a seeded pool of `n_pool`, those whose log-likelihood under the training split's token frequencies is
+    closest to the true one. So all four have the same number of tokens, begin with a word, and are about equally
+    plausible by themselves; a model that knows frequencies alone stays near chance, and what decides is the context.
+    Everything is cut at tokens, so no answer is encoded in another way than in training.
+
+    Raises:
+        UserError: the validation split has too few long documents.
+    """
+    split, rng = corpus.validation, np.random.default_rng(config.seed)
+    cuts, documents = _cuts(corpus, config)
+    if len(np.unique(documents)) < 2 or len(cuts) < N_CHOICES:
+        raise UserError(
+            f"task '{CORPUS_TASK}': fewer than two validation documents have {config.n_context + config.n_continuation} "
+            "tokens; raise data.validation_share or give longer documents"
+        )
+    score = _unigram_scores(corpus, cuts, config.n_continuation)
+    n_items = min(config.n_items, limit or config.n_items)
+    items = []
+    for i in _in_turn(documents, rng)[:n_items]:
+        others = np.flatnonzero(documents != documents[i])
+        pool = rng.choice(others, min(config.n_pool, len(others)), replace=False)
+        wrong = pool[np.argsort(np.abs(score[pool] - score[i]), kind="stable")[: N_CHOICES - 1]]
+        order = rng.permutation(len(wrong) + 1)
+        chosen = np.concatenate([[i], wrong])[order]
+        items.append(_passages(corpus, cuts[i], cuts[chosen], int(np.argmin(order)), config))
+    return EvalTask(CORPUS_TASK, tuple(items), "")
+
+
+def _item(row: dict[str, Any], where: str) -> Item:
+    for key in _ROW_KEYS:
+        if key not in row:
+            raise UserError(f"{where}: no key '{key}'{nearest(key, row)}; a row is query, choices, gold")
+    query, choices, gold = (row[key] for key in _ROW_KEYS)
+    if not isinstance(query, str):
+        raise UserError(f"{where}: query: expected text, found {type(query).__name__}")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        raise UserError(f"{where}: choices: expected a list of two or more texts, none empty")
+    if type(gold) is not int or not 0 <= gold < len(choices):
+        raise UserError(f"{where}: gold: expected the index of a choice, 0 to {len(choices) - 1}, found {gold!r}")
+    return Item(query, tuple(choices), gold, tuple(len(choice.encode()) for choice in choices))
+
+
+def _cuts(corpus: Corpus, config: CorpusTaskConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Stream positions where a continuation begins, and the document of each."""
+    split, length = corpus.validation, config.n_continuation
+    starts_word = np.array([token[:1].isspace() for token in corpus.tokenizer.token_bytes()])
+    cuts, documents = [], []
+    for d in range(split.n_documents):
+        first, end = int(split.offsets[d]), int(split.offsets[d + 1])
+        words = first + np.flatnonzero(starts_word[split.tokens[first:end]])
+        words = words[(words >= first + 1 + config.n_context) & (words <= end - length)]
+        free = 0
+        for position in words:
+            if position >= free:
+                cuts.append(position)
+                documents.append(d)
+                free = position + length
+    return np.array(cuts, np.int64), np.array(documents, np.int64)
+
+
+def _unigram_scores(corpus: Corpus, cuts: np.ndarray, length: int) -> np.ndarray:
+    """Log-likelihood of each continuation under add-one token frequencies of the training split, nats."""
+    train, vocab_size = corpus.train, corpus.tokenizer.vocab_size
+    sample = train.tokens[:: max(1, train.n_tokens // _UNIGRAM_TOKENS)]
+    counts = np.bincount(sample, minlength=vocab_size) + 1.0
+    log_prob = np.log(counts / counts.sum())
+    return log_prob[corpus.validation.tokens[cuts[:, None] + np.arange(length)]].sum(1)
+
+
+def _in_turn(documents: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Indices of all cuts, in random order but one of each document before the second of any."""
+    shuffled = rng.permutation(len(documents))
+    seen: dict[int, int] = {}
+    turns = np.empty(len(documents), np.int64)
+    for place, i in enumerate(shuffled):
+        turns[place] = seen[documents[i]] = seen.get(documents[i], -1) + 1
+    return shuffled[np.argsort(turns, kind="stable")]
+
+
+def _passages(corpus: Corpus, cut: int, chosen: np.ndarray, gold: int, config: CorpusTaskConfig) -> Item:
+    tokens, lengths, decode = corpus.validation.tokens, corpus.tokenizer.byte_lengths, corpus.tokenizer.decode
+    context = tokens[cut - config.n_context : cut].tolist()
+    passages = [tokens[c : c + config.n_continuation].tolist() for c in chosen]
+    return Item(
+        query=decode(context),
+        choices=tuple(decode(passage) for passage in passages),
+        gold=gold,
+        choice_bytes=tuple(int(lengths[passage].sum()) for passage in passages),
+        query_ids=tuple(context),
+        choice_ids=tuple(tuple(passage) for passage in passages),
+    )

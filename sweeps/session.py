@@ -1,0 +1,306 @@
+"""What the verbs of `dlcm sweep` show and say: one person, one command, from start to exit code."""
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from dlcm.errors import UserError
+from sweeps.control import Cancelled, follow, log_path, read_failure, retryable, tail, worker_logs
+from sweeps.jobs import Cluster, check_submit, read_jobs
+from sweeps.store import STATUSES, RunState, StoredRun, check_sweep_dir, load_sweep, sweep_states
+from sweeps.watch import Snapshot, explain_incomplete, format_table, render, take_snapshot, watch
+
+if TYPE_CHECKING:
+    from dlcm.train import Progress as StepProgress
+    from sweeps.launch import Submission
+    from sweeps.plan import Plan
+
+_PLAIN_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to submit."""
+
+    cluster: Cluster
+    concurrency: int | None
+    threads: int | None
+    runs_per_task: int
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `launch` and `resubmit`."""
+        return {"concurrency": self.concurrency, "threads": self.threads, "runs_per_task": self.runs_per_task}
+
+
+def check_options(
+    cluster: str | None,
+    concurrency: int | None,
+    threads: int | None,
+    runs_per_task: int,
+    *,
+    sweep_dir: Path | None = None,
+) -> Options:
+    """The options of a submit; the cluster of the sweep's last submit where none is named.
+
+    Raises:
+        UserError: unknown cluster, or a number below 1.
+    """
+    if cluster is None:
+        jobs = read_jobs(sweep_dir) if sweep_dir else []
+        cluster = jobs[-1].cluster if jobs else "local"
+    check_submit(cluster, concurrency, threads, runs_per_task)
+    return Options(cast(Cluster, cluster), concurrency, threads, runs_per_task)
+
+
+def show_dry_run(planned: "Plan", sweep_dir: Path, *, as_json: bool) -> None:
+    """Print the plan, and what a submit would train; nothing is written."""
+    from sweeps.plan_table import format_plan, plan_json
+
+    check_sweep_dir(sweep_dir)
+    ids = {run.run_id for run in planned.runs}
+    states: list[RunState] = []
+    if (sweep_dir / "plan.parquet").exists():
+        states = [state for state in sweep_states(load_sweep(sweep_dir)) if state.run_id in ids]
+    busy = [s.run_id for s in states if s.is_complete or s.status in ("running", "queued")]
+    if as_json:
+        told = {"plan": plan_json(planned), "dir": str(sweep_dir), "skipped": busy, "to_train": sorted(ids - set(busy))}
+        print(json.dumps(told, indent=2))
+        return
+    print(format_plan(planned))
+    print(f"dry run: would train {len(ids) - len(busy)} of {len(ids)} runs in {sweep_dir}{_told_skipped(states)}")
+
+
+def launch_and_show(planned: "Plan", sweep_dir: Path, options: Options, *, detach: bool | None, as_json: bool) -> int:
+    """Submit a plan and, unless detached, show it to its end. Returns the exit code."""
+    from sweeps.launch import launch
+
+    def submit(**more: Any) -> "Submission":
+        return launch(planned, sweep_dir, options.cluster, **options.arguments(), **more)
+
+    return _submit_and_show(submit, sweep_dir, options, detach, as_json)
+
+
+def retry_and_show(
+    sweep_dir: Path, runs: Sequence[str], options: Options, *, detach: bool | None, as_json: bool
+) -> int:
+    """Submit the runs that failed, were lost or cancelled, or those named. Returns the exit code."""
+    sweep = load_sweep(sweep_dir)
+    chosen = retryable(sweep, sweep_states(sweep), runs)
+    if not chosen:
+        print(f"{sweep_dir}: no run failed, was lost or cancelled; nothing to retry", file=sys.stderr)
+    from sweeps.launch import resubmit
+
+    def submit(**more: Any) -> "Submission":
+        return resubmit(sweep_dir, options.cluster, run_ids=chosen, **options.arguments(), **more)
+
+    return _submit_and_show(submit, sweep_dir, options, detach, as_json)
+
+
+def _submit_and_show(
+    submit: Callable[..., "Submission"], sweep_dir: Path, options: Options, detach: bool | None, as_json: bool
+) -> int:
+    out = sys.stderr if as_json else sys.stdout
+    try:
+        if options.cluster == "debug":
+            with _foreground(out) as callbacks:
+                submission = submit(**callbacks)
+            _announce(submission, out)
+        else:
+            submission = submit()
+            _announce(submission, out)
+        wait = options.cluster != "slurm" if detach is None else not detach
+        if submission.job_ids and options.cluster != "debug" and wait:
+            snapshot = watch(sweep_dir, stream=out)
+        else:
+            snapshot = take_snapshot(sweep_dir)
+    except KeyboardInterrupt:
+        if options.cluster == "debug":
+            print(f"\nstopped; submit again to resume, status: dlcm sweep status {sweep_dir}", file=sys.stderr)
+        else:
+            print(f"\nthe workers go on; {_ways(sweep_dir)}", file=sys.stderr)
+        return 130
+    if as_json:
+        told = {"submission": submission.number, "job_ids": submission.job_ids, "trained": submission.to_train}
+        print(json.dumps(told | snapshot.to_json(), indent=2))
+    if not snapshot.is_over:
+        print(f"submitted; {_ways(sweep_dir)}", file=out)
+        return 0 if options.cluster == "slurm" or not wait else 1
+    return _conclude(snapshot, submission, out)
+
+
+def _ways(sweep_dir: Path) -> str:
+    return f"watch: dlcm sweep status {sweep_dir} --watch   cancel: dlcm sweep cancel {sweep_dir}"
+
+
+def _announce(submission: "Submission", out: Any) -> None:
+    saved = submission.saved
+    if saved is not None and saved.removed:
+        n = len(saved.removed)
+        print(f"{n} runs are no longer in the sweep file: kept, not trained ({_some(saved.removed)})", file=out)
+    told = _told_skipped(submission.skipped)
+    print(f"{submission.sweep_dir}: {len(submission.to_train)} runs to train{told}", file=out)
+    if submission.job_ids and submission.cluster != "debug":
+        n = len(submission.job_ids)
+        print(f"submission {submission.number}: {n} {submission.cluster} jobs ({_some(submission.job_ids)})", file=out)
+    out.flush()
+
+
+def _told_skipped(states: Sequence[RunState]) -> str:
+    counts = Counter(state.status for state in states if state.is_complete or state.status in ("running", "queued"))
+    return "".join(f", {counts[status]} {status} (skipped)" for status in STATUSES if counts[status])
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _conclude(snapshot: Snapshot, submission: "Submission", out: Any) -> int:
+    """Say how it ended. Exit code 1 where a planned run has no result."""
+    incomplete = snapshot.incomplete
+    diverged = [state for state in snapshot.states if state.status == "diverged" and state.in_plan]
+    for line in explain_incomplete(diverged):
+        print(line, file=out)
+    if not incomplete:
+        print(f"all {snapshot.overview.n_runs} runs complete; next: dlcm sweep collect {snapshot.sweep.path}", file=out)
+        return 0
+    for line in explain_incomplete(incomplete):
+        print(line, file=sys.stderr)
+    if submission.job_ids:
+        from sweeps.launch import worker_faults
+
+        for job_id, fault in worker_faults(submission.sweep_dir, submission.number).items():
+            print(f"worker {job_id}: {fault}", file=sys.stderr)
+    print(f"{len(incomplete)} runs are not complete; submit again to go on with them", file=sys.stderr)
+    return 1
+
+
+@contextmanager
+def _foreground(out: Any) -> Iterator[dict[str, Callable[..., None]]]:
+    """Callbacks that show the progress of runs in this process: a bar on a terminal, lines elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(file=out)
+    if console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[told]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as bar:
+
+            def on_run(run: StoredRun) -> None:
+                bar.add_task(run.run_id, total=run.config.n_steps, told="")
+
+            def on_step(progress: "StepProgress") -> None:
+                task = bar.task_ids[-1]
+                bar.update(task, completed=progress.step, total=progress.n_steps, told=_told(progress))
+
+            yield {"on_run": on_run, "on_step": on_step}
+        return
+    last = [0.0]
+
+    def say_run(run: StoredRun) -> None:
+        print(f"{run.run_id}: {run.config.n_steps} steps", file=out, flush=True)
+
+    def say_step(progress: "StepProgress") -> None:
+        if progress.step == progress.n_steps or time.monotonic() - last[0] > _PLAIN_EVERY_S:
+            last[0] = time.monotonic()
+            print(f"  step {progress.step}/{progress.n_steps}  {_told(progress)}", file=out, flush=True)
+
+    yield {"on_run": say_run, "on_step": say_step}
+
+
+def _told(progress: "StepProgress") -> str:
+    return f"loss {progress.loss_nats:.4f} nats, {progress.tokens_per_s:,.0f} tokens/s"
+
+
+def show_status(sweep_dir: Path, *, keep_watching: bool, as_json: bool) -> None:
+    """Print the table of a sweep, or keep it on the screen until nothing runs."""
+    if as_json and keep_watching:
+        raise UserError("--json and --watch exclude each other; call `status --json` as often as needed")
+    if keep_watching:
+        with suppress(KeyboardInterrupt):
+            watch(sweep_dir)
+        return
+    snapshot = take_snapshot(sweep_dir)
+    if as_json:
+        print(json.dumps(snapshot.to_json(), indent=2))
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(render(snapshot, max_rows=None))
+    else:
+        print(format_table(snapshot))
+
+
+def show_logs(sweep_dir: Path, run: str | None, *, n_lines: int, keep_following: bool, as_json: bool) -> None:
+    """Print the end of a run's log and its failure, or the workers' logs."""
+    if run is None:
+        logs = {str(path): tail(path, n_lines) for path in worker_logs(sweep_dir)}
+        if as_json:
+            print(json.dumps({"logs": logs}, indent=2))
+            return
+        for name, lines in logs.items():
+            print(f"==> {name} <==", *lines, sep="\n")
+        return
+    stored = load_sweep(sweep_dir).run(run)
+    failure = read_failure(stored)
+    try:
+        path = log_path(stored)
+        lines = tail(path, n_lines)
+    except UserError:
+        if failure is None:
+            raise
+        path, lines = None, failure["traceback"].splitlines()[-n_lines:]
+    if as_json:
+        told = {"run_id": stored.run_id, "path": str(path) if path else None, "lines": lines, "failure": failure}
+        print(json.dumps(told, indent=2))
+        return
+    print(*lines, sep="\n")
+    if failure is not None:
+        print(f"failed in {failure['stage']}: {failure['message']}")
+    if keep_following and path is not None:
+        with suppress(KeyboardInterrupt):
+            for text in follow(stored, path):
+                print(text, end="", flush=True)
+
+
+def show_cancelled(cancelled: Cancelled, *, as_json: bool) -> None:
+    """Say what was cancelled."""
+    if as_json:
+        print(json.dumps(asdict(cancelled), indent=2))
+        return
+    if not cancelled.run_ids:
+        print("nothing to cancel: every run is complete")
+        return
+    jobs = f"; ended {len(cancelled.job_ids)} jobs ({_some(cancelled.job_ids)})" if cancelled.job_ids else ""
+    print(f"cancelled {len(cancelled.run_ids)} runs ({_some(cancelled.run_ids)}){jobs}")
+    if cancelled.still_running:
+        print(f"still in a step, stopping after it: {_some(cancelled.still_running)}")
+
+
+def collect_and_show(sweep_dir: Path, *, as_json: bool) -> None:
+    """Write results.parquet and say what is in it."""
+    from sweeps.collect import collect
+
+    frame = collect(sweep_dir)
+    path = sweep_dir / "results.parquet"
+    counts = Counter(frame["status"])
+    if as_json:
+        told = {"path": str(path), "n_runs": len(frame), "counts": dict(counts)}
+        print(
+            json.dumps(told | {"rows": json.loads(str(frame.to_json(orient="records", double_precision=15)))}, indent=2)
+        )
+        return
+    told = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
+    print(f"{path}: {len(frame)} runs ({told}), {len(frame.columns)} columns")
+    if len(frame) > counts["finished"]:
+        print("runs without a result are rows with nulls; see `dlcm sweep status`")

@@ -1,0 +1,224 @@
+import json
+import math
+
+import pytest
+import torch
+
+from dlcm import checkpoint
+from dlcm.config import RunConfig
+from dlcm.errors import UserError
+from dlcm.record import RunBusyError, read_metrics, run_lock
+from dlcm.shards import open_corpus
+from dlcm.train import _micro_batches, load_result, prepare_model, train
+from dlcm.validation import evaluate_loss
+from tests.dlcm.conftest import dense_config, small_config
+
+VOCAB = 257
+
+
+@pytest.fixture(scope="module")
+def corpus_path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    words = ["alpha", "beta", "gamma", "delta", "of", "the", "and", "\n", "x = 1\n"]
+    generator = torch.Generator().manual_seed(0)
+    for i in range(40):
+        picks = torch.randint(0, len(words), (200,), generator=generator).tolist()
+        (folder / f"{i:02}.txt").write_text(" ".join(words[p] for p in picks))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("DLCM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def make_config(corpus_path, model=None, **train_fields) -> RunConfig:
+    fields = {"tokens": 20 * 512, "batch_tokens": 512, "log_every": 3, "checkpoint_every": 4, **train_fields}
+    return RunConfig(
+        model=model or small_config(vocab_size=VOCAB),
+        data={"corpus": str(corpus_path), "tokenizer": "bytes", "seq_len": 64, "validation_tokens": 2048},
+        optim={"lr_token": 1e-2, "lr_concept": 1e-2},
+        train=fields,
+    )
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(step):
+    def on_step(progress):
+        if progress.step == step:
+            raise Killed
+
+    return on_step
+
+
+def record_of(run_dir):
+    """Everything a run leaves that may not depend on when or where it ran."""
+    rows = [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in read_metrics(run_dir / "metrics.jsonl")]
+    result = json.loads((run_dir / "result.json").read_text())
+    result.pop("wall_s")
+    state = torch.load(checkpoint.checkpoint_paths(run_dir)[0], weights_only=True)
+    return rows, result, state
+
+
+def assert_same_run(a, b):
+    rows_a, result_a, state_a = record_of(a)
+    rows_b, result_b, state_b = record_of(b)
+    assert rows_a == rows_b
+    assert result_a == result_b
+    assert all(torch.equal(state_a["model"][k], state_b["model"][k]) for k in state_a["model"])
+    for i, moments in state_a["optimizer"]["state"].items():
+        assert all(torch.equal(moments[k], state_b["optimizer"]["state"][i][k]) for k in moments)
+
+
+@pytest.mark.parametrize("kind", ["dlcm", "dense"])
+def test_a_run_killed_at_any_step_and_resumed_equals_an_uninterrupted_one_bitwise(kind, corpus_path, tmp_path):
+    config = make_config(corpus_path, model=dense_config(vocab_size=VOCAB) if kind == "dense" else None)
+    train(config, tmp_path / "whole")
+    for steps in ([1], [4], [7], [19], [5, 11, 12]):
+        run_dir = tmp_path / "-".join(map(str, steps))
+        for step in steps:
+            with pytest.raises(Killed):
+                train(config, run_dir, on_step=kill_at(step))
+        train(config, run_dir)
+        assert_same_run(tmp_path / "whole", run_dir)
+
+
+def test_a_torn_metrics_line_is_written_again_on_resume(corpus_path, tmp_path):
+    config = make_config(corpus_path)
+    train(config, tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(config, tmp_path / "torn", on_step=kill_at(11))
+    with (tmp_path / "torn" / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 12, "lo')
+    train(config, tmp_path / "torn")
+    assert_same_run(tmp_path / "whole", tmp_path / "torn")
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(corpus_path, tmp_path):
+    config = make_config(corpus_path)
+    train(config, tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(config, tmp_path / "torn", on_step=kill_at(13))
+    newest = checkpoint.checkpoint_paths(tmp_path / "torn")[0]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    train(config, tmp_path / "torn")
+    assert_same_run(tmp_path / "whole", tmp_path / "torn")
+
+
+def test_when_no_checkpoint_is_readable_the_error_names_the_folder(corpus_path, tmp_path):
+    config = make_config(corpus_path)
+    with pytest.raises(Killed):
+        train(config, tmp_path, on_step=kill_at(13))
+    for path in checkpoint.checkpoint_paths(tmp_path):
+        path.write_bytes(b"torn")
+    with pytest.raises(UserError, match="no readable checkpoint"):
+        train(config, tmp_path)
+
+
+def test_a_finished_run_is_returned_and_not_touched(corpus_path, tmp_path):
+    config = make_config(corpus_path)
+    first = train(config, tmp_path)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"}
+    assert train(config, tmp_path) == first == load_result(tmp_path)
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_micro_batches_give_the_metrics_of_the_whole_batch(corpus_path, tmp_path):
+    whole = make_config(corpus_path, tokens=6 * 512)
+    parts = make_config(corpus_path, tokens=6 * 512, micro_batch_tokens=128)
+    train(whole, tmp_path / "a")
+    train(parts, tmp_path / "b")
+    for a, b in zip(read_metrics(tmp_path / "a" / "metrics.jsonl"), read_metrics(tmp_path / "b" / "metrics.jsonl")):
+        assert a["boundary_rate"] == b["boundary_rate"]
+        assert a["loss_nats"] == pytest.approx(b["loss_nats"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_micro_batches_hold_every_window_and_document_start_once(corpus_path):
+    config = make_config(corpus_path, micro_batch_tokens=128)
+    batch = open_corpus(config.data).train.batch(3, seed=0, batch_tokens=512, seq_len=64)
+    parts = _micro_batches(batch, config)
+    assert torch.cat([p[0] for p in parts]).tolist() == batch.tokens_T.tolist()
+    starts = [i * 128 + s for i, p in enumerate(parts) for s in p[2][:-1].tolist()]
+    assert starts == batch.cu_seqlens[:-1].tolist()
+    assert all(p[2][0] == 0 and p[2][-1] == 128 for p in parts)
+
+
+def test_the_loss_falls_and_the_result_has_every_figure(corpus_path, tmp_path):
+    result = train(make_config(corpus_path), tmp_path)
+    assert result.status == "finished"
+    assert result.loss_nats is not None
+    assert result.loss_nats < 0.8 * math.log(VOCAB)
+    assert all(
+        getattr(result, name) is not None
+        for name in ("bits_per_byte", "tokens_per_concept", "tokens_per_concept_train")
+    )
+    assert result.params["total"] == sum(result.params[k] for k in ("embedding", "token", "concept"))
+    assert result.tokens == 20 * 512
+
+
+def test_the_validation_loss_is_that_of_a_loop_over_documents(corpus_path, tmp_path):
+    """Independent: each piece between two cu_seqlens alone, in float64, with bytes counted by decoding."""
+    config = make_config(corpus_path)
+    train(config, tmp_path)
+    model, _ = checkpoint.load_trained(tmp_path)
+    corpus = open_corpus(config.data)
+    measured = evaluate_loss(model, corpus, config)
+    model.double()
+    nats, n_tokens, n_concepts, n_bytes = 0.0, 0, 0, 0
+    for batch in corpus.validation.windows(64, 2048):
+        tokens, targets = torch.from_numpy(batch.tokens_T), torch.from_numpy(batch.targets_T)
+        for a, b in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:]):
+            with torch.no_grad():
+                out = model(tokens[a:b])
+            nats -= out.logits.log_softmax(-1)[torch.arange(b - a), targets[a:b]].sum().item()
+            n_concepts += int(out.boundaries.sum())
+        n_tokens += tokens.numel()
+        n_bytes += sum(1 for t in targets.tolist() if t < 256)
+    assert measured.loss_nats == pytest.approx(nats / n_tokens, rel=1e-6)
+    assert measured.bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
+    assert measured.tokens_per_concept == pytest.approx(n_tokens / n_concepts)
+
+
+@pytest.mark.parametrize("lr", [1e6, 1e30])
+def test_divergence_is_recorded_as_a_result_with_its_reason(lr, corpus_path, tmp_path):
+    config = make_config(corpus_path)
+    config = config.model_copy(update={"optim": config.optim.model_copy(update={"lr_token": lr, "lr_concept": lr})})
+    result = train(config, tmp_path)
+    assert result.status == "diverged"
+    assert result.loss_nats is None
+    assert result.reason
+    assert "step" in result.reason
+    json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)
+    assert train(config, tmp_path) == result
+
+
+def test_a_run_held_by_another_process_is_left_alone(corpus_path, tmp_path):
+    with run_lock(tmp_path), pytest.raises(RunBusyError, match="another process"):
+        train(make_config(corpus_path), tmp_path)
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_a_directory_of_another_run_is_refused(corpus_path, tmp_path):
+    with pytest.raises(Killed):
+        train(make_config(corpus_path), tmp_path, on_step=kill_at(2))
+    with pytest.raises(UserError, match="belongs to another run"):
+        train(make_config(corpus_path, tokens=512), tmp_path)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(corpus_path):
+    config = make_config(corpus_path, model=dense_config(vocab_size=100))
+    with pytest.raises(UserError, match="has 257 tokens, model.vocab_size is 100"):
+        prepare_model(config, open_corpus(config.data))
+
+
+@pytest.mark.parametrize("detector", ["cosine", "fixed", "random", "delimiter_word", "delimiter_sentence"])
+def test_every_detector_trains(detector, corpus_path, tmp_path):
+    config = make_config(corpus_path, model=small_config(detector, vocab_size=VOCAB), tokens=5 * 512)
+    result = train(config, tmp_path)
+    assert result.status == "finished"
+    if detector == "fixed":
+        assert result.tokens_per_concept == pytest.approx(3.0, rel=0.1)

@@ -1,0 +1,123 @@
+"""The closed form of FLOPs and parameters: term by term, against the paper's model, and its relations."""
+
+import numpy as np
+import pytest
+
+from dlcm.config import ModelConfig
+from dlcm.errors import UserError
+from flops import count, ops, parameters
+from flops.count import COMPONENTS
+
+PAPER = {
+    "vocab_size": 128_815, "d_token": 1536, "d_head": 64, "n_heads_token": 24, "n_kv_heads_token": 12, "d_ff_token": 4096,
+}  # fmt: skip
+PAPER_DENSE = ModelConfig(kind="dense", n_encoder_layers=32, **PAPER)
+PAPER_DLCM = ModelConfig(
+    kind="dlcm", n_encoder_layers=10, n_concept_layers=16, n_decoder_layers=6, d_concept=3072, n_heads_concept=48,
+    n_kv_heads_concept=24, d_ff_concept=6144, **PAPER,
+)  # fmt: skip
+SMALL = ModelConfig(
+    kind="dlcm", vocab_size=100, d_token=32, d_concept=48, n_encoder_layers=2, n_concept_layers=3, n_decoder_layers=2,
+    d_head=16, n_heads_token=2, n_kv_heads_token=1, n_heads_concept=3, d_ff_token=80, d_ff_concept=128,
+)  # fmt: skip
+
+
+def test_paper_model_has_the_published_parameters():
+    params = parameters(PAPER_DLCM)
+    assert 2.23e9 <= params.total <= 2.26e9
+    assert params.concept / params.total == pytest.approx(0.60, abs=0.015)  # P with embeddings, as the paper counts
+    assert 1.2e9 <= parameters(PAPER_DENSE).total <= 1.35e9
+
+
+def test_paper_model_costs_less_than_its_dense_baseline():
+    dlcm, dense = count(PAPER_DLCM, seq_len=2048, tokens_per_concept=4.0), count(PAPER_DENSE, seq_len=2048)
+    assert 0.92 <= dlcm.forward_per_token / dense.forward_per_token <= 0.94
+    assert 0.325 <= dlcm.share("backbone") <= 0.34
+
+
+def test_components_follow_the_table_term_by_term():
+    c, L, R = SMALL, 96, 4.0
+    M, d, D, V, a, h, g, f = L / R, 32, 48, 100, 16, 2, 1, 80
+    layer = 2 * L * d * a * (2 * h + 2 * g) + 4 * h * a * L**2 / 2 + 6 * L * d * f
+    backbone = 2 * M * D * a * (2 * 3 + 2 * 3) + 4 * 3 * a * M**2 / 2 + 6 * M * D * 128
+    expected = {
+        "embedding": 0,
+        "encoder": 2 * layer,
+        "boundary": 4 * L * d * 64,
+        "pooling": 2 * M * d * D,
+        "backbone": 3 * backbone,
+        "smoothing": 2 * 4 * M * D,
+        "cross_attention": 2 * (4 * L * d * h * a + 4 * M * D * g * a + 4 * h * a * L * M / 2),
+        "decoder": 2 * layer,
+        "head": 2 * L * d * V,
+    }
+    assert dict(count(c, L, R).components) == pytest.approx(expected)
+    assert tuple(expected) == COMPONENTS
+
+
+def test_training_costs_three_forward_passes():
+    flops = count(SMALL, 128, 3.0)
+    assert flops.training == 3 * flops.forward
+    assert flops.training_per_token * 128 == pytest.approx(flops.training)
+
+
+def test_full_square_adds_only_attention_scores():
+    flops = count(SMALL, 96, 4.0)
+    assert flops.full_square is not None
+    added = flops.full_square.forward - flops.forward
+    M = 24
+    assert added == pytest.approx(4 * 4 * 32 * 96**2 / 2 + 3 * 4 * 48 * M**2 / 2 + 2 * 4 * 32 * 96 * M / 2)
+
+
+def test_replicated_cross_attention_costs_r_times_the_scores():
+    exact, replicated = count(SMALL, 96, 4.0), count(SMALL, 96, 4.0, cross="replicated")
+    scores = 2 * 4 * 32 * 96 * 24 / 2
+    assert replicated.forward - exact.forward == pytest.approx(scores * (4 - 1))
+
+
+def test_packing_equals_the_sum_of_its_documents():
+    lengths, concepts = [17, 40, 39], [5, 9, 12]
+    packed = count(SMALL, documents=lengths, concepts=concepts)
+    alone = [count(SMALL, documents=[n], concepts=[m]).forward for n, m in zip(lengths, concepts)]
+    assert packed.forward == pytest.approx(sum(alone))
+    assert packed.tokens_per_concept == pytest.approx(96 / 26)
+    assert packed.forward < count(SMALL, 96, 96 / 26).forward
+
+
+def test_cost_falls_with_compression_and_the_dense_model_ignores_it():
+    costs = [count(SMALL, 256, r).forward for r in (1.5, 2, 4, 8)]
+    assert costs == sorted(costs, reverse=True)
+    assert count(PAPER_DENSE, 256, 4.0).forward == count(PAPER_DENSE, 256).forward
+
+
+@pytest.mark.parametrize("detector", ["cosine", "fixed", "random", "delimiter_word"])
+def test_only_the_learned_detector_has_parameters_and_cost(detector):
+    config = SMALL.model_copy(update={"boundary": SMALL.boundary.model_copy(update={"detector": detector})})
+    assert parameters(SMALL).total - parameters(config).total == 2 * 32 * 64
+    assert count(SMALL, 64).forward - count(config, 64).forward == 4 * 64 * 32 * 64
+
+
+def test_groups_and_components_sum_to_the_total():
+    for config in (SMALL, PAPER_DLCM, PAPER_DENSE, SMALL.model_copy(update={"tie_embeddings": True})):
+        params = parameters(config)
+        assert sum(params.components.values()) == params.total == params.embedding + params.token + params.concept
+    assert parameters(PAPER_DENSE).concept_share == 0
+
+
+def test_operations_take_arrays():
+    widths = np.array([64.0, 128.0])
+    assert ops.layer(100, 5000.0, widths, widths / 16, widths / 16, 16, 2.5 * widths).shape == (2,)
+    assert ops.layer_parameters(widths, widths / 16, widths / 16, 16, 2.5 * widths)[0] == ops.layer_parameters(64, 4, 4, 16, 160)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"seq_len": 0}, "at least one token"),
+        ({"seq_len": 64, "tokens_per_concept": 0.5}, "below 1"),
+        ({"documents": [8, 8], "concepts": [2]}, "one for each"),
+    ],
+)
+def test_impossible_sequences_are_refused(arguments, words):
+    with pytest.raises(UserError, match=words):
+        count(SMALL, **arguments)
