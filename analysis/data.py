@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -60,7 +61,9 @@ class Convention:
         """
         if self != other:
             mine, theirs = (f"N {v.n}, C {v.c}, R {v.r}" for v in (self, other))
-            raise UserError(f"{what}: conventions differ ({mine}; {theirs}); load both results with the same n, c and r")
+            raise UserError(
+                f"{what}: conventions differ ({mine}; {theirs}); load both results with the same n, c and r"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +108,7 @@ class ResultsData:
         C: Any = np.nan,
         R: Any = 1.0,
         P: Any = 0.0,
-        convention: Convention = Convention(),  # noqa: B008  frozen
+        convention: Convention = Convention(),
         source: str = "arrays",
         **columns: Any,
     ) -> "ResultsData":
@@ -265,19 +268,27 @@ def numeric_column(frame: pd.DataFrame, column: str, source: str) -> Array:
         UserError: the column is missing or holds something that is no number.
     """
     require_columns(frame, [column], source)
-    numbers = pd.to_numeric(frame[column], errors="coerce")
-    bad = numbers.isna() & frame[column].notna()
-    if bad.any():
-        row = int(np.flatnonzero(bad.to_numpy())[0])
-        raise UserError(f"{source}: column {column!r} holds {frame[column].iloc[row]!r} in row {row + 1}; expected a number")
-    return numbers.to_numpy(dtype=float, na_value=np.nan)
+    series = pd.Series(frame[column])
+    numbers = pd.Series(pd.to_numeric(series, errors="coerce")).to_numpy(dtype=float, na_value=np.nan)
+    bad = np.flatnonzero(np.isnan(numbers) & series.notna().to_numpy())
+    if bad.size:
+        row = int(bad[0])
+        raise UserError(f"{source}: column {column!r} holds {series.iloc[row]!r} in row {row + 1}; expected a number")
+    return numbers
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as JSON types: NaN and missing become null."""
+    return json.loads(str(frame.to_json(orient="records")))
 
 
 def from_frame(frame: pd.DataFrame, convention: Convention, source: str) -> ResultsData:
     """Derive N, D, C, R, P and the loss from a results table; see `load_results`."""
     require_columns(frame, ("run_id", "model", "status"), source)
     if convention.c == "full" and "flops_train_full" not in frame:
-        raise UserError(f"{source}: no column 'flops_train_full', so C cannot be counted with full squares; use c='causal'")
+        raise UserError(
+            f"{source}: no column 'flops_train_full', so C cannot be counted with full squares; use c='causal'"
+        )
     columns = {"total": "params_total", "embedding": "params_embedding", "concept": "params_concept", "D": "tokens"}
     columns |= {"C": _C_COLUMN[convention.c], "R": _R_COLUMN[convention.r], "loss": "loss_nats"}
     facts = {key: numeric_column(frame, column, source) for key, column in columns.items()}

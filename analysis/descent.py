@@ -33,10 +33,10 @@ def minimise(problem: Problem, theta: Array, rounds: int = _ROUNDS) -> Answer:
     return best
 
 
-def approach(problem: Problem, theta: Array) -> Answer:
+def approach(problem: Problem, theta: Array, max_steps: int = 40) -> Answer:
     """One reweighted descent: from a far start to near its minimum."""
     best = _enter(problem, theta)
-    return _better(problem, reweighted, best) if len(theta) else best
+    return _better(problem, lambda p, t: reweighted(p, t, max_steps), best) if len(theta) else best
 
 
 def refit(problem: Problem, theta: Array) -> Answer:
@@ -86,7 +86,7 @@ def reweighted(problem: Problem, theta: Array, max_steps: int = 40) -> Array:
             damping *= 8
         else:
             break
-        settled = value - new_value <= 1e-9 * value
+        settled = value - new_value <= 1e-8 * value
         theta, residuals, jacobian, value = trial, new_residuals, new_jacobian, new_value
         damping = max(damping / 6, 1e-12)
         if settled:

@@ -34,7 +34,7 @@ def levels(values: Iterable[float], width: float = LEVEL_WIDTH) -> list[float]:
 
 
 def spare_runs(n_free: int) -> int:
-    """Runs wanted beyond the number of free constants, so that the residuals say something about noise: half as many, 2 at least."""
+    """Runs wanted beyond the free constants, so that the residuals speak of noise: half as many, 2 at least."""
     return max(2, n_free // 2)
 
 
@@ -77,7 +77,9 @@ def _changes_by_axes(law: Law, term: Term, n_levels: Mapping[str, int], *, has_f
     for factor in term.factors:
         n = n_levels[factor.variable]
         if factor.offset and factor.offset not in held and n < 4:
-            changes.append(Change("fix", factor.offset, value=0.0, reason=f"{factor.variable} takes {_times(n)}; 4 are needed"))
+            changes.append(
+                Change("fix", factor.offset, value=0.0, reason=f"{factor.variable} takes {_times(n)}; 4 are needed")
+            )
         if factor.exponent in held or _shared(law, factor.exponent):
             continue
         if n == 1:
@@ -91,7 +93,12 @@ def _changes_by_axes(law: Law, term: Term, n_levels: Mapping[str, int], *, has_f
 def _tie_size_exponents(law: Law) -> Law:
     """One model size: the share P moves N(1-P) and N P together, too little for an exponent each."""
     held = dict(law.fixed)
-    names = [f.exponent for t in law.terms for f in t.factors if "N" in VARIABLES[f.variable].inputs and f.exponent not in held]
+    names = [
+        f.exponent
+        for t in law.terms
+        for f in t.factors
+        if "N" in VARIABLES[f.variable].inputs and f.exponent not in held
+    ]
     first, *others = dict.fromkeys(names) or [""]
     return law.apply(*(Change("tie", name, other=first, reason="only one model size") for name in others))
 
@@ -148,7 +155,7 @@ def describe_support(data: ResultsData, family: str) -> Support:
         values = values[np.isfinite(values) & (values > 0)]
         if values.size:
             axes.append(Axis(name, len(levels(values)), float(values.min()), float(values.max())))
-    seeds = data.frame["seed"].nunique() if "seed" in data.frame else 1
+    seeds = len(set(data.frame["seed"])) if "seed" in data.frame else 1
     repeated = n_repeated_designs(data)
     correlation = _log_correlation(data.N, data.D)
     found = {axis.name: axis for axis in axes}
@@ -160,16 +167,18 @@ def describe_support(data: ResultsData, family: str) -> Support:
     if n_axis.decades < MIN_DECADES_OF_N:
         warnings.append(f"N spans {n_axis.decades:.2f} decades; below {MIN_DECADES_OF_N} exponents are unreliable")
     if correlation is not None and abs(correlation) > COLLINEAR:
-        warnings.append(f"D is collinear with N (correlation of logarithms {correlation:+.2f}): their effects cannot be told apart")
+        warnings.append(
+            f"D is collinear with N (correlation of logarithms {correlation:+.2f}): their effects cannot be told apart"
+        )
     for name, least in (("R", 2), ("P", 3)):
         if name in found and found[name].n_levels < least:
             warnings.append(f"{name} takes {_times(found[name].n_levels)}; {least} are needed for its effect")
     if repeated == 0:
         warnings.append("no design was run with two seeds: the noise between seeds is not measured")
-    if "boundary" in data.frame and data.frame["boundary"].nunique() > 1:
-        kinds = ", ".join(sorted(map(str, data.frame["boundary"].unique())))
-        warnings.append(f"boundary kinds are mixed ({kinds}); fit them apart with data.where(boundary=...)")
-    return Support(len(data), tuple(axes), int(seeds), repeated, correlation, tuple(warnings))
+    kinds = sorted({str(v) for v in data.frame["boundary"]}) if "boundary" in data.frame else []
+    if len(kinds) > 1:
+        warnings.append(f"boundary kinds are mixed ({', '.join(kinds)}); fit them apart with data.where(boundary=...)")
+    return Support(len(data), tuple(axes), seeds, repeated, correlation, tuple(warnings))
 
 
 def n_repeated_designs(data: ResultsData) -> int:
@@ -180,7 +189,9 @@ def n_repeated_designs(data: ResultsData) -> int:
 def design_groups(data: ResultsData) -> list[Array]:
     """Row positions of runs that differ by seed alone: same boundary kind, N, P, D and requested R."""
     boundary = data.frame["boundary"].astype(str).to_numpy() if "boundary" in data.frame else np.full(len(data), "")
-    target = data.frame["compression_target"].to_numpy(float) if "compression_target" in data.frame else np.round(data.R, 1)
+    target = (
+        data.frame["compression_target"].to_numpy(float) if "compression_target" in data.frame else np.round(data.R, 1)
+    )
     keys: dict[tuple, list[int]] = {}
     for i in range(len(data)):
         key = (boundary[i], f"{data.N[i]:.4g}", f"{data.P[i]:.4f}", f"{data.D[i]:.4g}", f"{target[i]:.3g}")

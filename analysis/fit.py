@@ -62,7 +62,9 @@ def fit(
     problem = Problem.build(law, rows, loss, delta)
     rng = np.random.default_rng(seed)
     descent = _descend(problem, rng)
-    replicates, n_degenerate = bootstrap(problem, descent.theta, rows.run_ids, n=n_bootstrap, rng=rng, progress=progress)
+    replicates, n_degenerate = bootstrap(
+        problem, descent.theta, rows.run_ids, n=n_bootstrap, rng=rng, progress=progress
+    )
     return _assemble(asked, problem, rows, descent, replicates, n_degenerate, seed)
 
 
@@ -145,7 +147,9 @@ def _range(rows: ResultsData, name: str) -> tuple[float, float]:
     return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
 
 
-def _estimates(problem: Problem, theta: Array, draws: Array, reasons: dict, hits: dict, others: dict) -> tuple[Estimate, ...]:
+def _estimates(
+    problem: Problem, theta: Array, draws: Array, reasons: dict, hits: dict, others: dict
+) -> tuple[Estimate, ...]:
     law, values = problem.law, problem.values(theta)
     held = {name: next((c.reason for c in law.changes if c.parameter == name), "") for name, _ in law.fixed}
     spare = len(problem) - len(law.free)
@@ -199,13 +203,22 @@ def _judge(
     found: list[tuple[Status, str]] = []
     n_runs, n_asked = len(set(rows.run_ids)), len(asked.free)
     if descent.drop > _SAME:
-        found.append((Status.NOT_CONVERGED, f"polishing once more lowered the objective by {descent.drop:.1e}: no minimum yet"))
+        found.append(
+            (Status.NOT_CONVERGED, f"polishing once more lowered the objective by {descent.drop:.1e}: no minimum yet")
+        )
     if not descent.moved:
         found.append((Status.NEVER_MOVED, "the answer equals a starting point: the descent did not work"))
     if n_runs < n_asked:
-        found.append((Status.TOO_FEW_POINTS, f"{n_runs} runs for the {n_asked} constants of {asked.name}: the law cannot be fitted whole"))
+        found.append(
+            (
+                Status.TOO_FEW_POINTS,
+                f"{n_runs} runs for the {n_asked} constants of {asked.name}: the law cannot be fitted whole",
+            )
+        )
     elif n_runs <= n_asked and problem.law == asked:
-        found.append((Status.TOO_FEW_POINTS, f"{n_runs} runs for {n_asked} constants: nothing is left to judge the fit by"))
+        found.append(
+            (Status.TOO_FEW_POINTS, f"{n_runs} runs for {n_asked} constants: nothing is left to judge the fit by")
+        )
     if hits:
         text = ", ".join(f"{name} {reason}" for name, reason in hits.items())
         found.append((Status.BOUND_HIT, f"on a bound: {text}; extrapolation is refused"))
@@ -214,13 +227,25 @@ def _judge(
         text = f"not identified by these runs: {', '.join(unknown)}; predictions inside the data remain usable, others do not"
         found.append((Status.NOT_IDENTIFIED, text))
     if problem.law != asked:
-        found.append((Status.CONVERGED, f"a nested reduction of {asked.name} was fitted: {len(problem.law.free)} of {n_asked} constants"))
+        found.append(
+            (
+                Status.CONVERGED,
+                f"a nested reduction of {asked.name} was fitted: {len(problem.law.free)} of {n_asked} constants",
+            )
+        )
     if descent.share_best < 0.1:
         found.append((Status.CONVERGED, f"only {100 * descent.share_best:.0f}% of the starts reach the best objective"))
     if n_degenerate > n_replicates / 10:
-        found.append((Status.CONVERGED, f"{n_degenerate} of {n_replicates} resamples hold fewer runs than constants: intervals are rough"))
+        found.append(
+            (
+                Status.CONVERGED,
+                f"{n_degenerate} of {n_replicates} resamples hold fewer runs than constants: intervals are rough",
+            )
+        )
     if rows.exclusions:
-        found.append((Status.CONVERGED, f"{len(rows.exclusions)} runs are left out; what they would have said is missing here"))
+        found.append(
+            (Status.CONVERGED, f"{len(rows.exclusions)} runs are left out; what they would have said is missing here")
+        )
     gravity = list(Status)
     status = max((s for s, _ in found), key=gravity.index, default=Status.CONVERGED)
     return status, [text for _, text in found]

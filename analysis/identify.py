@@ -79,7 +79,9 @@ def bound_hits(problem: Problem, theta: Array) -> dict[str, str]:
     for p, value, low, high in zip(problem.law.free, theta, lower, upper):
         margin = _AT_BOUND * (high - low)
         if value <= low + margin and p.kind != "offset":
-            hits[p.name] = "at its lower bound" + {"amplitude": ": its term vanishes", "floor": " 0"}.get(p.kind, f" {low:g}")
+            hits[p.name] = "at its lower bound" + {"amplitude": ": its term vanishes", "floor": " 0"}.get(
+                p.kind, f" {low:g}"
+            )
         elif value >= high - margin:
             hits[p.name] = f"at its upper bound {high:g}" if p.kind == "exponent" else "at its upper bound"
     return hits

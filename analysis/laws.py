@@ -251,8 +251,12 @@ class Law:
 def _fix(law: Law, change: Change) -> Law:
     kind = next(p.kind for p in law.parameters if p.name == change.parameter)
     if kind == "amplitude" or change.value is None:
-        raise UserError(f"law {law.name}: {change.parameter} is an {kind}; hold an exponent, an offset or the floor, or drop the term")
-    return dataclasses.replace(law, fixed=(*(f for f in law.fixed if f[0] != change.parameter), (change.parameter, change.value)))
+        raise UserError(
+            f"law {law.name}: {change.parameter} is an {kind}; hold an exponent, an offset or the floor, or drop the term"
+        )
+    return dataclasses.replace(
+        law, fixed=(*(f for f in law.fixed if f[0] != change.parameter), (change.parameter, change.value))
+    )
 
 
 def _tie(law: Law, change: Change) -> Law:

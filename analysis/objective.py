@@ -55,7 +55,9 @@ class Problem:
         for name, values in {**raw, law.target: target}.items():
             bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
             if bad.size:
-                raise UserError(f"{data.source}: run {data.run_ids[bad[0]]}: {name} = {values[bad[0]]:g}, and law {law.name} needs it above 0")
+                raise UserError(
+                    f"{data.source}: run {data.run_ids[bad[0]]}: {name} = {values[bad[0]]:g}, and law {law.name} needs it above 0"
+                )
         scales = {name: float(np.exp(np.mean(np.log(values)))) for name, values in raw.items()}
         scale = float(np.exp(np.mean(np.log(target))))
         centred = {name: values / scales[name] for name, values in raw.items()}

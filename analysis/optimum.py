@@ -53,7 +53,9 @@ class Choice:
         text = f"{self.name} = {self.value:.4g}"
         if self.status == "held":
             return f"{text} (held: {self.reason})"
-        return text + (f"  95% {self.low:.4g} to {self.high:.4g}" if self.low is not None else "  no interval (no bootstrap)")
+        return text + (
+            f"  95% {self.low:.4g} to {self.high:.4g}" if self.low is not None else "  no interval (no bootstrap)"
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,11 +100,18 @@ class Optimum:
             return "inside the data"
         return "outside the data: " + ", ".join(f"{k} by {v:.2g} decades" for k, v in self.decades_outside.items())
 
-    def report(self) -> str:
-        """The optimum as text; the distance from the data stands in the line of the loss."""
+    @property
+    def headline(self) -> str:
+        """Loss, interval and distance from the data in one line."""
         interval = f" (95% {self.loss_low:.4g} to {self.loss_high:.4g})" if self.loss_low is not None else ""
-        head = f"Least predicted loss at {self.budget:.3g} training FLOPs ({self.law}): {self.loss:.4f} nats{interval}, {self.extrapolation}"
-        return "\n".join([head, *(f"  {c.describe()}" for c in self.choices), *(f"  - {note}" for note in self.notes)])
+        spent = f"{self.budget:.3g} training FLOPs ({self.law})"
+        return f"Least predicted loss at {spent}: {self.loss:.4f} nats{interval}, {self.extrapolation}"
+
+    def report(self) -> str:
+        """The optimum as text."""
+        return "\n".join(
+            [self.headline, *(f"  {c.describe()}" for c in self.choices), *(f"  - {note}" for note in self.notes)]
+        )
 
     def __str__(self) -> str:
         return self.report()
@@ -151,7 +160,9 @@ def optimum(
     grid = _Search(result, cost, float(budget), box)
     best = grid.minimise(result.values)
     replicates = np.array([grid.minimise(v) for v in result.replicate_values()]).reshape(-1, 5)
-    outside = {k: v for k, v in result.outside(**dict(zip("NDRP", best[:4]))).items() if k in result.law.inputs or k in "ND"}
+    outside = {
+        k: v for k, v in result.outside(**dict(zip("NDRP", best[:4]))).items() if k in result.law.inputs or k in "ND"
+    }
     if result.ranges["C"][1] > 0 and (beyond := result.outside(C=float(budget))):
         outside |= beyond
     if not result.sound and not extrapolate and max(outside.values(), default=0.0) > _FAR:
@@ -196,7 +207,8 @@ def _box(result: FitResult, bounds: Mapping[str, tuple[float, float]] | None) ->
     for name in "NR":
         low, high = box[name]
         if high <= low * _LEVEL and not (bounds and name in bounds):
-            box[name] = (float(np.sqrt(low * high)),) * 2
+            middle = float(np.sqrt(low * high))
+            box[name] = (middle, middle)
     return box
 
 
@@ -279,7 +291,9 @@ def tokens_for_budget(cost: Cost, budget: float, N: Array, R: Array, P: Array) -
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             value = np.log(np.asarray(cost(N, np.exp(log_d), R, P), dtype=float))
         if not np.all(np.isfinite(value)):
-            raise UserError("cost(N, D, R, P) is not a positive number everywhere in the search range; check the cost function")
+            raise UserError(
+                "cost(N, D, R, P) is not a positive number everywhere in the search range; check the cost function"
+            )
         gap = goal - value
         if np.max(np.abs(gap)) < 1e-12:
             return np.exp(log_d)
@@ -295,10 +309,14 @@ def tokens_for_budget(cost: Cost, budget: float, N: Array, R: Array, P: Array) -
     return np.exp(log_d)
 
 
-def _choice(name: str, best: Array, replicates: Array, box: Mapping[str, tuple[float, float]], result: FitResult) -> Choice:
+def _choice(
+    name: str, best: Array, replicates: Array, box: Mapping[str, tuple[float, float]], result: FitResult
+) -> Choice:
     column = "NDRP".index(name)
     value = float(best[column])
-    low, high = (float(v) for v in np.percentile(replicates[:, column], [2.5, 97.5])) if len(replicates) else (None, None)
+    low, high = (
+        (float(v) for v in np.percentile(replicates[:, column], [2.5, 97.5])) if len(replicates) else (None, None)
+    )
     searched = box.get(name, result.ranges["D"])
     if name != "D" and searched[0] == searched[1]:
         reason = "dense" if result.law.family == "dense" and name in "RP" else "the data hold one value"

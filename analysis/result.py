@@ -17,6 +17,8 @@ from dlcm.record import read_json, write_json
 
 Array = np.ndarray
 SCHEMA_VERSION = 1
+INSIDE = 0.02
+"""Decades beyond the data that still count as inside: 5%, what a realised R moves a cost by."""
 
 
 class Status(enum.StrEnum):
@@ -160,7 +162,7 @@ class FitResult:
                 continue
             low, high = self.ranges[name]
             distance = max(np.log10(value / high), np.log10(low / value))
-            if distance > 1e-6:
+            if distance > INSIDE:
                 distances[name] = float(distance)
         return distances
 
@@ -184,7 +186,12 @@ class FitResult:
         data["exclusions"] = [dataclasses.asdict(e) for e in self.exclusions]
         data["convention"] = dataclasses.asdict(self.convention)
         data["definitions"] = self.convention.definitions()
-        return {"schema": SCHEMA_VERSION, **data, "notes": list(self.notes), "ranges": {k: list(v) for k, v in self.ranges.items()}}
+        return {
+            "schema": SCHEMA_VERSION,
+            **data,
+            "notes": list(self.notes),
+            "ranges": {k: list(v) for k, v in self.ranges.items()},
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "fit") -> "FitResult":

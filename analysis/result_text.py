@@ -39,7 +39,11 @@ def describe_estimate(p: Estimate, other_loss: str = "") -> str:
     if p.status is ParameterStatus.HELD:
         return f"{p.working_value:.4g}  held" + (f": {p.reason}" if p.reason else "")
     text = f"{p.working_value:.4g}"
-    text += f"  95% {p.low:.4g} to {p.high:.4g}" if p.low is not None and p.high is not None else "  no interval (no bootstrap)"
+    text += (
+        f"  95% {p.low:.4g} to {p.high:.4g}"
+        if p.low is not None and p.high is not None
+        else "  no interval (no bootstrap)"
+    )
     if p.other_loss is not None:
         text += f"  ({p.other_loss:.4g} under {other_loss})"
     if p.status is ParameterStatus.AT_BOUND:

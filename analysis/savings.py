@@ -77,17 +77,20 @@ def savings(best: Optimum, dense: FitResult, cost: Cost, *, sizes: tuple[float, 
 def _judge(
     best: Optimum, needed: float | None, share: float | None, low: float | None, high: float | None, dense: FitResult
 ) -> tuple[str, str]:
-    rest = "" if dense.status == "converged" else f"; the dense fit is {dense.status}"
+    remarks = [f"dense: the fit behind it is {dense.status}"] if dense.status != "converged" else []
+    remarks += [f"DLCM: {note}" for note in best.notes[:1]]
+    if needed is not None and (beyond := dense.outside(C=needed)) and dense.ranges["C"][1] > 0:
+        remarks.append(f"the dense FLOPs lie {beyond['C']:.2g} decades outside the dense runs")
+    rest = "".join(f"; {remark}" for remark in remarks)
     if share is None or needed is None:
         return "not identified", (
             f"no dense model within {_DECADES:g} decades of {best.budget:.3g} FLOPs has a predicted loss of {best.loss:.4f}: "
             f"the savings are not identified{rest}"
         )
     interval = "no interval" if low is None or high is None else f"95% {100 * low:+.0f}% to {100 * high:+.0f}%"
-    if share < 0:
-        fact = f"the dense model wins at this scale: it needs {needed:.3g} FLOPs for the loss that the DLCM reaches with {best.budget:.3g} "
-    else:
-        fact = f"the dense model needs {needed:.3g} FLOPs for the loss that the DLCM reaches with {best.budget:.3g} "
+    needs = f"{needed:.3g} FLOPs for the loss that the DLCM reaches with {best.budget:.3g} "
+    winner = "the dense model wins at this scale: it" if share < 0 else "the dense model"
+    fact = f"{winner} needs {needs}"
     fact += f"(saved by the DLCM: {100 * share:+.0f}%, {interval})"
     if low is not None and high is not None and low < 0 < high:
         return "not identified", f"which family is cheaper is not identified: {fact}{rest}"

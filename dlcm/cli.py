@@ -13,6 +13,7 @@ class _FlatHelp(TyperGroup):
 
     def format_commands(self, ctx, formatter) -> None:
         """Write one row a verb, the verbs of sub-groups included."""
+        formatter.width = max(formatter.width, 110)  # one line each, also where the width is not known
         rows = []
         for name in self.list_commands(ctx):
             command = self.get_command(ctx, name)
@@ -20,9 +21,9 @@ class _FlatHelp(TyperGroup):
                 for verb in command.list_commands(ctx):
                     sub = command.get_command(ctx, verb)
                     if sub is not None:
-                        rows.append((f"{name} {verb}", sub.get_short_help_str(88)))
+                        rows.append((f"{name} {verb}", sub.get_short_help_str(86)))
             elif command is not None:
-                rows.append((name, command.get_short_help_str(88)))
+                rows.append((name, command.get_short_help_str(86)))
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 

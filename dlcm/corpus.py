@@ -9,12 +9,14 @@ A document is one file, one JSONL line, one table row, or one block of a large t
 Joining the blocks gives the file back, byte for byte. Documents without a visible character are left out.
 """
 
+import csv
 import gzip
 import hashlib
 import io
 import json
 import os
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +25,14 @@ from typing import IO, Any
 from dlcm.config import DataConfig
 from dlcm.errors import UserError, nearest
 
-BLOCK_CHARS = 16_384
+BLOCK_CHARS = 8_192
 WHOLE_FILE_BYTES = 256 * 1024
 TEXT_SUFFIXES = frozenset(
     {".txt", ".text", ".md", ".rst", ".tex", ".html", ".csv", ".py", ".pyi", ".c", ".h", ".cpp", ".js", ".ts", ".rs"}
 )
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _NAMED = ("stdlib", "packages")
-_PACKAGE_SUFFIXES = frozenset({".py", ".pyi", ".txt", ".md", ".rst"})
+_PACKAGE_SUFFIXES = (".py", ".pyi", ".txt", ".md", ".rst")
 
 
 @dataclass(frozen=True)
@@ -173,10 +175,12 @@ def _package_files() -> list[Path]:
 
     found = set()
     for distribution in distributions():
-        for file in distribution.files or ():
-            if file.suffix in _PACKAGE_SUFFIXES and (path := Path(str(distribution.locate_file(file)))).is_file():
-                found.add(path.resolve())
-    return sorted(found)
+        root = Path(str(distribution.locate_file(""))).resolve()
+        # RECORD read as the CSV that it is: `distribution.files` would look up every file on the disk first.
+        for row in csv.reader((distribution.read_text("RECORD") or "").splitlines()):
+            if row and row[0].endswith(_PACKAGE_SUFFIXES) and not row[0].startswith(".."):
+                found.add(root / row[0])
+    return sorted(path for path in found if path.is_file())
 
 
 def _folder_files(root: Path) -> Iterator[Path]:
@@ -207,7 +211,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for number, line in enumerate(file, 1):
                 if not line.isspace():
                     yield number, _parse_row(line, f"{path}:{number}")
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: damaged after line {number} ({error}); fetch it again") from None
     except OSError as error:
         raise UserError(f"{path}: not readable ({error.strerror or error})") from None

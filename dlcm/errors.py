@@ -2,11 +2,12 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import pydantic
+if TYPE_CHECKING:
+    import pydantic  # imported where it is used: the command needs UserError at once, and pydantic takes a fifth of its start
 
-ModelT = TypeVar("ModelT", bound=pydantic.BaseModel)
+ModelT = TypeVar("ModelT", bound="pydantic.BaseModel")
 
 
 class UserError(Exception):
@@ -31,6 +32,8 @@ def parse(model: type[ModelT], data: object, where: str) -> ModelT:
     Raises:
         UserError: one line with every fault, each with its key, the value, and the nearest valid key.
     """
+    import pydantic
+
     if not isinstance(data, Mapping):
         raise UserError(f"{where}: expected a mapping of keys to values, found {type(data).__name__}")
     try:
@@ -39,7 +42,7 @@ def parse(model: type[ModelT], data: object, where: str) -> ModelT:
         raise UserError(f"{where}: " + "; ".join(_describe(model, item) for item in error.errors())) from None
 
 
-def _describe(model: type[pydantic.BaseModel], item: Mapping) -> str:
+def _describe(model: "type[pydantic.BaseModel]", item: Mapping) -> str:
     loc = [str(part) for part in item["loc"]]
     key = ".".join(loc) or "(top level)"
     if item["type"] == "extra_forbidden":
@@ -52,7 +55,7 @@ def _describe(model: type[pydantic.BaseModel], item: Mapping) -> str:
     return f"{key}: {message[0].lower()}{message[1:]}, got {item['input']!r}"
 
 
-def _fields_at(model: type[pydantic.BaseModel], path: Iterable[str]) -> list[str]:
+def _fields_at(model: "type[pydantic.BaseModel]", path: Iterable[str]) -> list[str]:
     """Field names of the (nested) model at `path`; those of the last model found where the path leaves models."""
     current = model
     for part in path:
@@ -64,7 +67,9 @@ def _fields_at(model: type[pydantic.BaseModel], path: Iterable[str]) -> list[str
     return list(current.model_fields)
 
 
-def _models_in(annotation: object) -> list[type[pydantic.BaseModel]]:
+def _models_in(annotation: object) -> "list[type[pydantic.BaseModel]]":
+    import pydantic
+
     if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
         return [annotation]
     return [m for arg in getattr(annotation, "__args__", ()) for m in _models_in(arg)]

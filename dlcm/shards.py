@@ -35,6 +35,7 @@ FORMAT_VERSION = 1
 BPE_SAMPLE_BYTES = 8 * 2**20
 _GROUP_CHARS = 2 * 2**20
 _FEW_DOCUMENTS = 256
+_ENOUGH_FOR_TWO = 8
 _SPLITS = ("train", "validation")
 
 Progress = Callable[[str, int, int | None], None]
@@ -253,22 +254,24 @@ def _hashes(text: str) -> tuple[int, int, bytes]:
 def _threshold(source: Source, share: float) -> int:
     """Documents whose first hash is below this are validation.
 
-    `share` of 2^64; but of a corpus of few documents at least one goes to each split.
+    `share` of 2^64. Of a corpus of fewer than `_FEW_DOCUMENTS`, where that would leave the number of validation documents
+    to luck, it is the place that puts a share of them there: two at least (one of very few), and one in training.
 
     Raises:
         UserError: fewer than two different documents.
     """
-    threshold = int(share * 2**64)
     hashes = [_hashes(text)[0] for text in islice(source.documents(), _FEW_DOCUMENTS)]
-    if len(hashes) == _FEW_DOCUMENTS and len(set(hashes)) > 1:
-        return threshold
     distinct = sorted(set(hashes))
     if len(distinct) < 2:
         raise UserError(
             f"data.corpus: {source.spec}: {'only one document' if distinct else 'no text'}; "
             "training and validation need at least two different documents"
         )
-    return min(max(threshold, distinct[0] + 1), distinct[-1])
+    if len(hashes) == _FEW_DOCUMENTS:
+        return int(share * 2**64)
+    fewest = 2 if len(distinct) >= _ENOUGH_FOR_TWO else 1
+    n_validation = min(max(round(share * len(distinct)), fewest), len(distinct) - 1)
+    return distinct[n_validation]
 
 
 def _make_tokenizer(source: Source, config: DataConfig, threshold: int, progress: Progress) -> Tokenizer:
@@ -375,7 +378,7 @@ def _open(folder: Path, config: DataConfig) -> Corpus:
             tokens = np.memmap(folder / f"{name}.bin", np.dtype(meta["dtype"]), mode="r")
             offsets = np.load(folder / f"{name}.offsets.npy")
             whole = len(tokens) == counts["n_tokens"] == offsets[-1] and len(offsets) == counts["n_documents"] + 1
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError) as error:
             raise UserError(f"{folder}: damaged {name} shard ({error}); {way_out}") from None
         if not whole:
             raise UserError(f"{folder}: the {name} shard does not have the length that meta.json gives; {way_out}")

@@ -15,6 +15,8 @@ from dlcm.errors import UserError, nearest
 from dlcm.shards import Corpus
 
 CORPUS_TASK = "corpus"
+# Part of every task hash: raise it when the same items would be scored in another way.
+SCORING_VERSION = 1
 N_CHOICES = 4
 _ROW_KEYS = ("query", "choices", "gold")
 _UNIGRAM_TOKENS = 2_000_000
@@ -65,12 +67,24 @@ class EvalTask:
 
 @dataclass(frozen=True)
 class CorpusTaskConfig:
-    """Sizes of the built-in task, in tokens and items."""
+    """Sizes of the built-in task.
 
-    n_context: int = 48
-    n_continuation: int = 24
-    n_items: int = 500
-    n_pool: int = 64
+    Lengths are in bytes of text, turned into tokens by the training split's mean, so that the task is about as hard under
+    every tokenizer. They are short because what a proxy of some hundred thousand training tokens has learned is local: a
+    longer continuation adds more noise than signal, and the accuracy of the smallest models drowns in it.
+
+    Attributes:
+        context_bytes: text before the cut.
+        continuation_bytes: text of each answer.
+        n_items: questions, at most.
+        n_pool: cuts that the wrong answers of one question are chosen from.
+        seed: of cuts, pools and the order of answers.
+    """
+
+    context_bytes: int = 100
+    continuation_bytes: int = 26
+    n_items: int = 800
+    n_pool: int = 256
     seed: int = 0
 
 
@@ -121,34 +135,35 @@ def jsonl_task(path: Path, limit: int | None = None) -> EvalTask:
 def corpus_task(corpus: Corpus, limit: int | None = None, config: CorpusTaskConfig = CorpusTaskConfig()) -> EvalTask:
     """Which of four continuations is the true next passage of a validation document?
 
-    Every validation document is cut where a word begins, so that the continuations of its cuts do not overlap; a cut has
-    `n_context` tokens of the document before it and `n_continuation` after it. Items are drawn from the documents in
-    turn, so that long documents do not dominate. The three wrong answers are continuations of cuts of *other*
-    documents: of a seeded pool of `n_pool`, those whose log-likelihood under the training split's token frequencies is
-    closest to the true one. So all four have the same number of tokens, begin with a word, and are about equally
-    plausible by themselves; a model that knows frequencies alone stays near chance, and what decides is the context.
-    Everything is cut at tokens, so no answer is encoded in another way than in training.
+    Every validation document is cut where a word begins (a token that starts with white space), so that the
+    continuations of its cuts do not overlap; a cut has a context of the document before it and a continuation after it.
+    Items are drawn from the documents in turn, so that long documents do not dominate. The three wrong answers are
+    continuations of cuts of *other* documents: of a seeded pool of `n_pool`, those whose log-likelihood under the
+    training split's token frequencies is closest to the true one. So all four have the same number of tokens, begin
+    with a word, and are about equally plausible by themselves: a model that knows frequencies alone stays at chance,
+    and what decides is the context. Everything is cut at tokens, so the answers are encoded as in training.
 
     Raises:
         UserError: the validation split has too few long documents.
     """
-    split, rng = corpus.validation, np.random.default_rng(config.seed)
-    cuts, documents = _cuts(corpus, config)
+    config, rng = config or CorpusTaskConfig(), np.random.default_rng((config or CorpusTaskConfig()).seed)
+    bytes_per_token = corpus.train.n_bytes / corpus.train.n_tokens
+    n_context, length = (max(2, round(n / bytes_per_token)) for n in (config.context_bytes, config.continuation_bytes))
+    cuts, documents = _cuts(corpus, n_context, length)
     if len(np.unique(documents)) < 2 or len(cuts) < N_CHOICES:
         raise UserError(
-            f"task '{CORPUS_TASK}': fewer than two validation documents have {config.n_context + config.n_continuation} "
-            "tokens; raise data.validation_share or give longer documents"
+            f"task '{CORPUS_TASK}': fewer than two validation documents have {n_context + length} tokens; "
+            "raise data.validation_share or give more and longer documents"
         )
-    score = _unigram_scores(corpus, cuts, config.n_continuation)
-    n_items = min(config.n_items, limit or config.n_items)
+    score = _unigram_scores(corpus, cuts, length)
     items = []
-    for i in _in_turn(documents, rng)[:n_items]:
+    for i in _in_turn(documents, rng)[: min(config.n_items, limit or config.n_items)].tolist():
         others = np.flatnonzero(documents != documents[i])
         pool = rng.choice(others, min(config.n_pool, len(others)), replace=False)
         wrong = pool[np.argsort(np.abs(score[pool] - score[i]), kind="stable")[: N_CHOICES - 1]]
         order = rng.permutation(len(wrong) + 1)
         chosen = np.concatenate([[i], wrong])[order]
-        items.append(_passages(corpus, cuts[i], cuts[chosen], int(np.argmin(order)), config))
+        items.append(_passages(corpus, int(cuts[i]), cuts[chosen], int(np.argmin(order)), (n_context, length)))
     return EvalTask(CORPUS_TASK, tuple(items), "")
 
 
@@ -166,17 +181,16 @@ def _item(row: dict[str, Any], where: str) -> Item:
     return Item(query, tuple(choices), gold, tuple(len(choice.encode()) for choice in choices))
 
 
-def _cuts(corpus: Corpus, config: CorpusTaskConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Stream positions where a continuation begins, and the document of each."""
-    split, length = corpus.validation, config.n_continuation
+def _cuts(corpus: Corpus, n_context: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Stream positions where a continuation of `length` tokens begins, and the document of each."""
+    split = corpus.validation
     starts_word = np.array([token[:1].isspace() for token in corpus.tokenizer.token_bytes()])
     cuts, documents = [], []
     for d in range(split.n_documents):
         first, end = int(split.offsets[d]), int(split.offsets[d + 1])
         words = first + np.flatnonzero(starts_word[split.tokens[first:end]])
-        words = words[(words >= first + 1 + config.n_context) & (words <= end - length)]
-        free = 0
-        for position in words:
+        free = first + 1 + n_context
+        for position in words[words <= end - length].tolist():
             if position >= free:
                 cuts.append(position)
                 documents.append(d)
@@ -197,16 +211,17 @@ def _in_turn(documents: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Indices of all cuts, in random order but one of each document before the second of any."""
     shuffled = rng.permutation(len(documents))
     seen: dict[int, int] = {}
-    turns = np.empty(len(documents), np.int64)
-    for place, i in enumerate(shuffled):
-        turns[place] = seen[documents[i]] = seen.get(documents[i], -1) + 1
+    turns = []
+    for document in documents[shuffled].tolist():
+        seen[document] = seen.get(document, -1) + 1
+        turns.append(seen[document])
     return shuffled[np.argsort(turns, kind="stable")]
 
 
-def _passages(corpus: Corpus, cut: int, chosen: np.ndarray, gold: int, config: CorpusTaskConfig) -> Item:
+def _passages(corpus: Corpus, cut: int, chosen: np.ndarray, gold: int, sizes: tuple[int, int]) -> Item:
     tokens, lengths, decode = corpus.validation.tokens, corpus.tokenizer.byte_lengths, corpus.tokenizer.decode
-    context = tokens[cut - config.n_context : cut].tolist()
-    passages = [tokens[c : c + config.n_continuation].tolist() for c in chosen]
+    context = tokens[cut - sizes[0] : cut].tolist()
+    passages = [tokens[c : c + sizes[1]].tolist() for c in chosen]
     return Item(
         query=decode(context),
         choices=tuple(decode(passage) for passage in passages),

@@ -16,7 +16,9 @@ class Cross(StrEnum):
     replicated = "replicated"
 
 
-Subject = Annotated[Path, typer.Argument(metavar="CONFIG_OR_RUN", help="run folder, run.json, or a config as YAML or JSON")]
+Subject = Annotated[
+    Path, typer.Argument(metavar="CONFIG_OR_RUN", help="run folder, run.json, or a config as YAML or JSON")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
 
@@ -25,9 +27,12 @@ def show_verb(
     path: Subject,
     seq_len: Annotated[int | None, typer.Option(help="tokens of one sequence; the config's by default")] = None,
     tokens_per_concept: Annotated[
-        float | None, typer.Option("--tokens-per-concept", "-r", help="R; realised in training if known, else the target")
+        float | None,
+        typer.Option("--tokens-per-concept", "-r", help="R; realised in training if known, else the target"),
     ] = None,
-    cross: Annotated[Cross, typer.Option(help="cross-attention once per concept, or per replicated concept")] = Cross.exact,
+    cross: Annotated[
+        Cross, typer.Option(help="cross-attention once per concept, or per replicated concept")
+    ] = Cross.exact,
     as_json: AsJson = False,
 ) -> None:
     """Parameters and FLOPs of one model or run, by component."""
@@ -46,12 +51,13 @@ def show_verb(
 @app.command("check")
 def check_verb(
     path: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG_OR_RUN]", help="what to build; a small DLCM and a dense model by default")
+        Path | None,
+        typer.Argument(metavar="[CONFIG_OR_RUN]", help="what to build; a small DLCM and a dense model by default"),
     ] = None,
     seq_len: Annotated[int, typer.Option(min=2, help="tokens of the one document")] = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Compare the closed form with torch's and fvcore's counters on a built model."""
+    """Check the closed form against torch's and fvcore's counters."""
     import dataclasses
     import json
 
@@ -65,7 +71,10 @@ def check_verb(
         rows, params = check(model, seq_len)
         failed += [f"{name}: {row.component}" for row in rows if not row.agrees]
         failed += [] if params.agrees else [f"{name}: parameters"]
-        out[name] = {"components": [{**dataclasses.asdict(r), "agrees": r.agrees} for r in rows], "parameters": vars(params)}
+        out[name] = {
+            "components": [{**dataclasses.asdict(r), "agrees": r.agrees} for r in rows],
+            "parameters": vars(params),
+        }
         if not as_json:
             cells = [["component", "closed form", "in counters' terms", "torch", "fvcore", "equal"]]
             for row in rows:

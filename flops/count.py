@@ -101,7 +101,7 @@ def parameters(config: ModelConfig) -> ParamCount:
     token_layer = ops.layer_parameters(c.d_token, c.n_heads_token, c.n_kv_heads_token, c.d_head, c.d_ff_token)
     embedding = ops.embedding_parameters(c.vocab_size, c.d_token, tied=True)
     head = 0 if c.tie_embeddings else embedding
-    parts = dict.fromkeys(COMPONENTS, 0)
+    parts: dict[str, int] = dict.fromkeys(COMPONENTS, 0)
     parts |= {"embedding": embedding, "encoder": c.n_encoder_layers * token_layer, "head": head + c.d_token}
     if not c.is_dense:
         assert c.boundary is not None  # the config's own check; narrows the type

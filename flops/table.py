@@ -102,7 +102,10 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"{row['params_non_embedding']:,}",
                 f"{share:.3f}" if share else "-",
                 f"{row['tokens_per_concept']:.3g}" if share else "-",
-                *(f"{row[key]:.4g}" for key in ("forward_per_token", "forward_per_token_full_square", "training_per_token")),
+                *(
+                    f"{row[key]:.4g}"
+                    for key in ("forward_per_token", "forward_per_token_full_square", "training_per_token")
+                ),
                 *(f"{100 * row[part] / row['forward_per_token']:.1f}%" for part in shown),
             ]
         )
@@ -124,7 +127,9 @@ def format_subject(subject: Subject, params: ParamCount, flops: FlopCount) -> st
                     f"{square.components[part] / flops.n_tokens:,.0f}",
                 ]
             )
-    cells.append(["total", f"{params.total:,}", f"{flops.forward_per_token:,.0f}", "", f"{square.forward_per_token:,.0f}"])
+    cells.append(
+        ["total", f"{params.total:,}", f"{flops.forward_per_token:,.0f}", "", f"{square.forward_per_token:,.0f}"]
+    )
     ratio = "" if subject.model.is_dense else f", {flops.tokens_per_concept:.3g} tokens per concept"
     lines = [
         f"{subject.name}: sequences of {flops.n_tokens} tokens{ratio}",
@@ -133,7 +138,9 @@ def format_subject(subject: Subject, params: ParamCount, flops: FlopCount) -> st
         f"training {flops.training_per_token:,.0f} FLOPs/token (3 x forward, causal halved)",
     ]
     if subject.tokens is not None:
-        lines.append(f"run of {subject.tokens:,} tokens: {flops.training_per_token * subject.tokens:.4g} training FLOPs")
+        lines.append(
+            f"run of {subject.tokens:,} tokens: {flops.training_per_token * subject.tokens:.4g} training FLOPs"
+        )
     return "\n".join(lines)
 
 

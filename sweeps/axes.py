@@ -4,13 +4,14 @@ A point is a flat mapping: dotted path of a `RunConfig` field, or one of the des
 which name no field because the shape solver turns them into several.
 """
 
+import difflib
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dlcm.config import Frozen, RunConfig
-from dlcm.errors import UserError, nearest
+from dlcm.errors import UserError
 
 if TYPE_CHECKING:
     from sweeps.spec import Axes
@@ -67,18 +68,27 @@ def canonical(path: str, where: str) -> str:
 
 
 def _suggest(path: str) -> str:
-    """The nearest key; where none is near, the keys that start or end alike rather than all sixty."""
+    """What `path` may have been meant to be: spelling first, then the same field in another block, else what is valid there."""
     valid = valid_paths()
     head, _, leaf = path.rpartition(".")
-    near = nearest(path, valid)
-    if near.startswith("; did"):
-        return near
-    same_leaf = [name for name in valid if nearest(leaf, [name.rpartition(".")[2]]).startswith("; did")]
-    if same_leaf:
-        return nearest(leaf, [min(same_leaf, key=len)]) if not head else f"; did you mean {min(same_leaf, key=len)!r}?"
-    siblings = [name for name in valid if name.startswith(head + ".")] if head else []
-    groups = (*RunConfig.model_fields, *DESIGN, *ALIASES)
-    return f"; valid: {', '.join(siblings or groups)}"
+    prefix = head + "." if head else ""
+    here = {name.removeprefix(prefix).split(".")[0] for name in valid if name.startswith(prefix)}
+    elsewhere = [name for name in valid if name.rpartition(".")[2] == leaf]
+    if elsewhere:
+        return f"; did you mean {min(elsewhere, key=len)!r}?"
+    if here and (word := _near(leaf, here)):
+        return f"; did you mean {prefix + word!r}?"
+    if word := _near(leaf, {name.rpartition(".")[2] for name in valid}):
+        full = min((name for name in valid if name.rpartition(".")[2] == word), key=len)
+        return f"; did you mean {full!r}?"
+    if not here and (word := _near(path, valid)):
+        return f"; did you mean {word!r}?"
+    valid_here = [prefix + word for word in sorted(here)] or [*RunConfig.model_fields, *DESIGN, *ALIASES]
+    return f"; valid: {', '.join(valid_here)}"
+
+
+def _near(word: str, valid: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(word, sorted(valid), n=1, cutoff=0.6)), None)
 
 
 def check_paths(values: Mapping[str, Any], where: str, seen: dict[str, str]) -> dict[str, Any]:

@@ -12,11 +12,10 @@ from typing import Any
 
 import pandas as pd
 
-from dlcm.config import SCHEMA_VERSION
 from dlcm.errors import UserError
 from dlcm.record import read_json, read_metrics, write_atomic
 from flops import FlopCount, count, parameters
-from sweeps.store import RunState, StoredRun, StoredSweep, load_sweep, sweep_states
+from sweeps.store import RunState, StoredRun, StoredSweep, load_sweep, read_record, sweep_states
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,6 @@ _TASK_KEYS = {
     "bpb_<task>": "bits_per_byte",
     "bpb_<task>_stderr": "bits_per_byte_stderr",
 }
-_RESULT_KEYS = (
-    "status", "step", "tokens", "loss_nats", "bits_per_byte", "tokens_per_concept", "tokens_per_concept_train",
-    "epochs", "params", "wall_s", "device", "reason",
-)  # fmt: skip
 
 
 def collect(sweep_dir: Path | str) -> pd.DataFrame:
@@ -146,24 +141,14 @@ def _row(sweep: StoredSweep, run: StoredRun, state: RunState) -> dict[str, Any]:
         "lr_concept": config.optim.lr_token if model.is_dense else config.optim.lr_concept,
         "status": state.status,
     }
-    if (run.path / "result.json").exists():
-        result = _read_result(run)
+    # Read as a file, not through `dlcm.train`: making a table needs no torch.
+    result = read_record(run.path / "result.json")
+    if result is not None:
         _check(run, result)
         row |= _measured(run, result)
         for path in sorted((run.path / "eval").glob("*.json")):
             row |= _task_columns(path)
     return row
-
-
-def _read_result(run: StoredRun) -> dict[str, Any]:
-    """`result.json` as written by `dlcm.train`, which is not imported: reading a table needs no torch."""
-    path = run.path / "result.json"
-    result = read_json(path)
-    if result.get("schema") != SCHEMA_VERSION:
-        raise UserError(f"{path}: schema {result.get('schema')!r}, this version reads {SCHEMA_VERSION}")
-    if absent := [key for key in _RESULT_KEYS if key not in result]:
-        raise UserError(f"{path}: no key {', '.join(absent)}; delete it and submit the sweep again")
-    return result
 
 
 def _measured(run: StoredRun, result: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ _RUNS = Path("runs")
 
 @app.command("plan")
 def plan_verb(file: SweepFile, as_json: AsJson = False, csv: CsvFile = None) -> None:
-    """Show the runs of a sweep, their shapes and their cost; nothing is trained."""
+    """Show the runs of a sweep and what they cost; trains nothing."""
     import sys
 
     from sweeps.plan import plan
@@ -58,7 +58,7 @@ def plan_verb(file: SweepFile, as_json: AsJson = False, csv: CsvFile = None) -> 
 
 @flops_app.command("table")
 def flops_table_verb(file: SweepFile, as_json: AsJson = False, csv: CsvFile = None) -> None:
-    """Forward FLOPs per token of every run of a sweep, by component."""
+    """FLOPs per token of every run of a sweep."""
     from flops.table import format_table, table_csv, table_rows
     from sweeps.plan import plan
     from sweeps.spec import Sweep
@@ -91,7 +91,7 @@ def submit_verb(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and what would be trained")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train what is not finished of a sweep: on this machine, on SLURM, or in this process (debug)."""
+    """Train the unfinished runs of a sweep: on this machine, SLURM, or in this process."""
     from sweeps.plan import plan
     from sweeps.session import check_options, launch_and_show, show_dry_run
     from sweeps.spec import Sweep
@@ -137,7 +137,7 @@ def logs_verb(
 
 @app.command("cancel")
 def cancel_verb(sweep: SweepName, runs: RunNames = None, runs_dir: RunsDir = _RUNS, as_json: AsJson = False) -> None:
-    """Cancel runs of a sweep, or all that are unfinished; checkpoints stay, and a submit resumes them."""
+    """Cancel runs, or all that are unfinished; checkpoints stay, a submit resumes them."""
     from sweeps.control import cancel
     from sweeps.session import show_cancelled
     from sweeps.store import find_sweep

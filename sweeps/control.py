@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dlcm.config import SCHEMA_VERSION
 from dlcm.errors import UserError
-from dlcm.record import is_locked, read_json, write_json
+from dlcm.record import is_locked, write_json
 from sweeps.jobs import Job, cancel_jobs, job_key, job_states, jobs_folder, read_jobs
-from sweeps.store import CLAIM, RunState, StoredRun, StoredSweep, load_sweep, sweep_states
+from sweeps.store import CLAIM, RunState, StoredRun, StoredSweep, load_sweep, read_record, sweep_states
 
 _GRACE_S = 15.0
 _POLL_S = 0.2
@@ -47,7 +48,7 @@ def cancel(sweep_dir: Path, run_ids: Sequence[str] = (), *, grace_s: float = _GR
     else:
         runs = [run for run in sweep.runs if run.in_plan and not states[run.run_id].is_complete]
     for run in runs:
-        write_json(run.path / "cancelled.json", {"schema": 1, "run_id": run.run_id, "time": time.time()})
+        write_json(run.path / "cancelled.json", {"schema": SCHEMA_VERSION, "run_id": run.run_id, "time": time.time()})
     jobs = [] if run_ids else read_jobs(sweep.path)
     slurm = [job for job in jobs if job.cluster == "slurm"]
     ended = cancel_jobs(slurm, job_states(sweep.path)) if slurm else []
@@ -155,5 +156,4 @@ def follow(run: StoredRun, path: Path) -> Iterator[str]:
 
 def read_failure(run: StoredRun) -> dict | None:
     """`failure.json` of a run that failed."""
-    path = run.path / "failure.json"
-    return read_json(path) if path.exists() else None
+    return read_record(run.path / "failure.json")

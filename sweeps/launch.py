@@ -43,6 +43,7 @@ from sweeps.store import (
     StoredSweep,
     check_sweep_dir,
     load_sweep,
+    read_record,
     save_sweep,
     sweep_states,
 )
@@ -171,7 +172,7 @@ def resubmit(
         states = sweep_states(sweep, job_states(sweep_dir))
         only = None if run_ids is None else tuple(sweep.run(name).run_id for name in run_ids)
         todo = [state for state in states if is_to_train(state) and (only is None or state.run_id in only)]
-        number = max((job.submission for job in jobs), default=0) + 1
+        number = _next_submission(sweep, jobs)
         for state in todo:
             (sweep_dir / state.run_id / "cancelled.json").unlink(missing_ok=True)
         threads = threads or sweep.spec.cluster.threads
@@ -204,6 +205,16 @@ def resubmit(
         skipped=tuple(state for state in states if state.in_plan and not is_to_train(state)),
         saved=saved,
     )
+
+
+def _next_submission(sweep: StoredSweep, jobs: Sequence[Job]) -> int:
+    """A number above all that stand in the runs' files too: a failure of this submission would not be retried by it."""
+    numbers = [job.submission for job in jobs]
+    for run in sweep.runs:
+        for name in ("failure.json", "status.json"):
+            if record := read_record(run.path / name):
+                numbers.append(record["submission"])
+    return max(numbers, default=0) + 1
 
 
 def is_to_train(state: RunState) -> bool:

@@ -204,11 +204,11 @@ def _with_share(run: PlannedRun, total: float) -> PlannedRun:
 def _check_lengths(sweep: "Sweep") -> None:
     """Exactly one of `budgets` and `train.tokens` sets how long the runs are."""
     axes = sweep.axes
-    given = "train.tokens" in sweep.base or any(
-        "train.tokens" in keys for keys in (axes.grid, axes.zip, *axes.list)
-    )
+    given = "train.tokens" in sweep.base or any("train.tokens" in keys for keys in (axes.grid, axes.zip, *axes.list))
     if sweep.budgets is None and not given:
-        raise UserError(f"{sweep.where}: no length of the runs: add budgets (flops, tokens or tokens_per_parameter) or train.tokens")
+        raise UserError(
+            f"{sweep.where}: no length of the runs: add budgets (flops, tokens or tokens_per_parameter) or train.tokens"
+        )
     if sweep.budgets is not None and given:
         raise UserError(f"{sweep.where}: both budgets and train.tokens set the length of the runs; keep one")
 
@@ -232,7 +232,9 @@ def _baseline_points(sweep: "Sweep", points: list[dict[str, Any]]) -> Iterator[d
                 point = {k: v for k, v in dense.items() if k.rpartition(".")[2] not in SHAPE_FIELDS}
                 point |= {"size": size, "seed": seed, **baseline.set}
                 # A dense model has no concept side; one learning rate, so that an axis over lr_concept adds no twin runs.
-                point["optim.lr_concept"] = point.get("optim.lr_token", RunConfig.model_fields["optim"].default.lr_token)
+                point["optim.lr_concept"] = point.get(
+                    "optim.lr_token", RunConfig.model_fields["optim"].default.lr_token
+                )
                 if (key := repr(sorted(point.items()))) not in seen:
                     seen.add(key)
                     yield point
@@ -249,7 +251,9 @@ def _matched_size(sweep: "Sweep", values: dict[str, Any]) -> float:
     model = parse(ModelConfig, nested, f"{where}: model")
     seq_len = int(values.get("data.seq_len", DataConfig().seq_len))
     target = count(model, seq_len).training_per_token
-    return size_at_cost(target, vocab_size=model.vocab_size, seq_len=seq_len, rule=sweep.shape, d_head=nested.get("d_head"))
+    return size_at_cost(
+        target, vocab_size=model.vocab_size, seq_len=seq_len, rule=sweep.shape, d_head=nested.get("d_head")
+    )
 
 
 def _runs_of(sweep: "Sweep", values: dict[str, Any]) -> Iterator[PlannedRun]:
@@ -300,7 +304,9 @@ def _model_values(sweep: "Sweep", values: Mapping[str, Any], where: str) -> dict
     _check_design(values, dense, where)
     if "size" in values:
         if clash := [name for name in SHAPE_FIELDS if name in model]:
-            raise UserError(f"{where}: size decides the shape, so model.{clash[0]} cannot be given too; remove one of them")
+            raise UserError(
+                f"{where}: size decides the shape, so model.{clash[0]} cannot be given too; remove one of them"
+            )
         model |= _shape(sweep, values, model, dense, where)
     elif "concept_share" in values:
         raise UserError(f"{where}: concept_share needs size, which it divides; add size, or remove concept_share")
@@ -321,7 +327,9 @@ def _shape(sweep: "Sweep", values: Mapping[str, Any], model: dict[str, Any], den
         if dense:
             return dense_shape(size, sweep.shape, model.get("d_head"))
         if "concept_share" not in values:
-            raise UserError("a dlcm sweep over size needs concept_share, the backbone's share of it; add it to base or axes")
+            raise UserError(
+                "a dlcm sweep over size needs concept_share, the backbone's share of it; add it to base or axes"
+            )
         return dlcm_shape(size, _number(values["concept_share"], "concept_share", where), sweep.shape, Parts.of(model))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -331,7 +339,9 @@ def _check_design(values: Mapping[str, Any], dense: bool, where: str) -> None:
     if dense:
         if given := [name for name in ("concept_share", _RATIO, _DETECTOR) if name in values]:
             name = {_RATIO: "compression_ratio", _DETECTOR: "boundary"}.get(given[0], given[0])
-            raise UserError(f"{where}: a dense model takes no {name}; remove it, or use the baseline block for dense runs")
+            raise UserError(
+                f"{where}: a dense model takes no {name}; remove it, or use the baseline block for dense runs"
+            )
     elif _RATIO in values and (ratio := _number(values[_RATIO], "compression_ratio", where)) <= 1:
         raise UserError(
             f"{where}: compression_ratio = {ratio:g}, but R must be above 1 token per concept; "

@@ -53,7 +53,9 @@ def format_plan(plan: Plan, *, limit: int | None = None) -> str:
     rows = [_COLUMNS, *(plan_cells(run) for run in shown)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
     lines = [
-        "  ".join(cell.ljust(w) if name in _LEFT else cell.rjust(w) for cell, w, name in zip(row, widths, _COLUMNS)).rstrip()
+        "  ".join(
+            cell.ljust(w) if name in _LEFT else cell.rjust(w) for cell, w, name in zip(row, widths, _COLUMNS)
+        ).rstrip()
         for row in rows
     ]
     if len(shown) < len(plan):
@@ -76,9 +78,10 @@ def rich_table(plan: Plan) -> Any:
 def summary(plan: Plan) -> str:
     """Totals in one line."""
     n_dense = sum(run.config.model.is_dense for run in plan.runs)
+    runs = f"{len(plan)} run{'s' * (len(plan) != 1)} ({len(plan) - n_dense} dlcm, {n_dense} dense)"
     return (
-        f"{len(plan)} runs ({len(plan) - n_dense} dlcm, {n_dense} dense): {short_count(plan.tokens)} tokens, "
-        f"{plan.flops:.3g} training FLOPs at the planned R. N: non-embedding parameters; P: backbone's share of N; R: tokens per concept."
+        f"{runs}: {short_count(plan.tokens)} tokens, {plan.flops:.3g} training FLOPs at the planned R. "
+        "N: non-embedding parameters; P: backbone's share of N; R: tokens per concept."
     )
 
 

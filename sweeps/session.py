@@ -142,18 +142,25 @@ def _announce(submission: "Submission", out: Any) -> None:
     saved = submission.saved
     if saved is not None and saved.removed:
         n = len(saved.removed)
-        print(f"{n} runs are no longer in the sweep file: kept, not trained ({_some(saved.removed)})", file=out)
+        print(f"no longer in the sweep file, kept but not trained: {n} ({_some(saved.removed)})", file=out)
     told = _told_skipped(submission.skipped)
-    print(f"{submission.sweep_dir}: {len(submission.to_train)} runs to train{told}", file=out)
+    print(f"{submission.sweep_dir}: {_n(len(submission.to_train), 'run')} to train{told}", file=out)
     if submission.job_ids and submission.cluster != "debug":
         n = len(submission.job_ids)
-        print(f"submission {submission.number}: {n} {submission.cluster} jobs ({_some(submission.job_ids)})", file=out)
+        print(
+            f"submission {submission.number}: {_n(n, submission.cluster + ' job')} ({_some(submission.job_ids)})",
+            file=out,
+        )
     out.flush()
 
 
 def _told_skipped(states: Sequence[RunState]) -> str:
     counts = Counter(state.status for state in states if state.is_complete or state.status in ("running", "queued"))
     return "".join(f", {counts[status]} {status} (skipped)" for status in STATUSES if counts[status])
+
+
+def _n(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _some(names: Sequence[str]) -> str:
@@ -176,7 +183,7 @@ def _conclude(snapshot: Snapshot, submission: "Submission", out: Any) -> int:
 
         for job_id, fault in worker_faults(submission.sweep_dir, submission.number).items():
             print(f"worker {job_id}: {fault}", file=sys.stderr)
-    print(f"{len(incomplete)} runs are not complete; submit again to go on with them", file=sys.stderr)
+    print(f"not complete: {_n(len(incomplete), 'run')}; submit again to go on", file=sys.stderr)
     return 1
 
 
@@ -281,8 +288,8 @@ def show_cancelled(cancelled: Cancelled, *, as_json: bool) -> None:
     if not cancelled.run_ids:
         print("nothing to cancel: every run is complete")
         return
-    jobs = f"; ended {len(cancelled.job_ids)} jobs ({_some(cancelled.job_ids)})" if cancelled.job_ids else ""
-    print(f"cancelled {len(cancelled.run_ids)} runs ({_some(cancelled.run_ids)}){jobs}")
+    jobs = f"; ended {_n(len(cancelled.job_ids), 'job')} ({_some(cancelled.job_ids)})" if cancelled.job_ids else ""
+    print(f"cancelled {_n(len(cancelled.run_ids), 'run')} ({_some(cancelled.run_ids)}){jobs}")
     if cancelled.still_running:
         print(f"still in a step, stopping after it: {_some(cancelled.still_running)}")
 
@@ -301,6 +308,6 @@ def collect_and_show(sweep_dir: Path, *, as_json: bool) -> None:
         )
         return
     told = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
-    print(f"{path}: {len(frame)} runs ({told}), {len(frame.columns)} columns")
+    print(f"{path}: {_n(len(frame), 'run')} ({told}), {len(frame.columns)} columns")
     if len(frame) > counts["finished"]:
         print("runs without a result are rows with nulls; see `dlcm sweep status`")

@@ -38,23 +38,30 @@ SHAPE_FIELDS = (
 _FF_STEPS = (8, 4, 2)
 _FF_RANGE = (0.5, 2.0)  # d_ff may lie between half and twice ff_ratio times the width
 _WIDTHS_EACH_SIDE = 4  # steps of width tried on either side of the real-valued width
+_LEAST_WIDTH = 8
 _EXTRA_LAYERS = (0, -1, 1)  # tried in this order where the stated split has no shape within tolerance
 
 
 class ShapeRule(Frozen):
     """How a size becomes an architecture; the defaults are the paper's proportions."""
 
-    aspect: float = Field(48.0, gt=0.0, description="width over depth of the dense model of the same size")
-    min_layers: int = Field(4, ge=3, description="least depth, encoder + backbone + decoder")
-    backbone_depth: float = Field(0.5, gt=0.0, lt=1.0, description="share of the layers in the backbone")
-    encoder_depth: float = Field(0.625, gt=0.0, lt=1.0, description="share of the token-side layers before the backbone")
-    layers: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
-        None, description="encoder, backbone and decoder layers of every size; a dense model has their sum"
+    aspect: float = Field(default=48.0, gt=0.0, description="width over depth of the dense model of the same size")
+    min_layers: int = Field(default=4, ge=3, description="least depth, encoder + backbone + decoder")
+    backbone_depth: float = Field(default=0.5, gt=0.0, lt=1.0, description="share of the layers in the backbone")
+    encoder_depth: float = Field(
+        default=0.625, gt=0.0, lt=1.0, description="share of the token-side layers before the backbone"
     )
-    ff_ratio: float = Field(8 / 3, gt=0.0, description="hidden width of the SwiGLU over the width, about")
-    heads_per_kv: PositiveInt = Field(1, description="query heads that share one key-value head (GQA)")
-    tolerance_size: Share = Field(0.01, description="largest relative error of N")
-    tolerance_share: Share = Field(0.01, description="largest absolute error of P")
+    layers: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
+        default=None, description="encoder, backbone and decoder layers of every size; a dense model has their sum"
+    )
+    ff_ratio: float = Field(default=8 / 3, gt=0.0, description="hidden width of the SwiGLU over the width, about")
+    heads_per_kv: PositiveInt = Field(default=1, description="query heads that share one key-value head (GQA)")
+    tolerance_size: Share = Field(default=0.01, description="largest relative error of N")
+    tolerance_share: Share = Field(default=0.01, description="largest absolute error of P")
+
+    def __hash__(self) -> int:
+        """Shapes are cached by their rule."""
+        return hash(tuple(self.__dict__.values()))
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,9 @@ class Parts:
         return self.d_scan if self.detector == "learned" else 0
 
 
+DEFAULT_RULE, DEFAULT_PARTS = ShapeRule(), Parts()
+
+
 def real_depth(size: Any, rule: ShapeRule) -> Any:
     """Depth of the dense model of `size` parameters as a real number: (N / (12·aspect²))^(1/3), at least `min_layers`."""
     if rule.layers:
@@ -112,7 +122,9 @@ def head_width(size: float, rule: ShapeRule) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def dlcm_shape(size: float, share: float, rule: ShapeRule = ShapeRule(), parts: Parts = Parts()) -> dict[str, int]:  # noqa: B008
+def dlcm_shape(
+    size: float, share: float, rule: ShapeRule = DEFAULT_RULE, parts: Parts = DEFAULT_PARTS
+) -> dict[str, int]:
     """The shape of a DLCM with about `size` non-embedding parameters, `share` of them in the backbone.
 
     Args:
@@ -143,7 +155,7 @@ def dlcm_shape(size: float, share: float, rule: ShapeRule = ShapeRule(), parts: 
 
 
 @functools.lru_cache(maxsize=4096)
-def dense_shape(size: float, rule: ShapeRule = ShapeRule(), d_head: int | None = None) -> dict[str, int]:  # noqa: B008
+def dense_shape(size: float, rule: ShapeRule = DEFAULT_RULE, d_head: int | None = None) -> dict[str, int]:
     """The shape of the dense model with about `size` non-embedding parameters; as `dlcm_shape`."""
     _check_size(size)
     a = d_head or head_width(size, rule)
@@ -152,7 +164,7 @@ def dense_shape(size: float, rule: ShapeRule = ShapeRule(), d_head: int | None =
     for extra, step in itertools.product(_EXTRA_LAYERS, _FF_STEPS):
         n = depth + (0 if rule.layers else extra)
         ideal = _root(*_layer_quadratic(n, rule, a, size, tail=1.0))
-        for d in _widths(ideal, a, rule):
+        for d in _widths(ideal, a):
             h, kv = _heads(d, a, rule)
             for f in _ff_widths((size - d) / n, d, h, kv, a, rule, step):
                 found = n * ops.layer_parameters(d, h, kv, a, f) + d
@@ -191,13 +203,13 @@ def _dlcm_candidates(
     a = parts.d_head or head_width(size, rule)
     n_cross = n_decoder if parts.cross_everywhere else 1
     ideal_D = _root(*_layer_quadratic(n_backbone, rule, a, size * share))
-    for D in _widths(ideal_D, a, rule):
+    for D in _widths(ideal_D, a):
         h_D, kv_D = _heads(D, a, rule)
         for f_D in _ff_widths(size * share / n_backbone, D, h_D, kv_D, a, rule, step):
             concept = n_backbone * ops.layer_parameters(D, h_D, kv_D, a, f_D)
             rest = size - concept
             ideal_d = _token_width(rest, D, n_encoder + n_decoder, n_cross, rule, a, parts)
-            for d in _widths(ideal_d, a, rule):
+            for d in _widths(ideal_d, a):
                 h, kv = _heads(d, a, rule)
                 between = ops.concept_side_parameters(d, D, parts.smoothed, parts.with_null) + d
                 between += ops.boundary_parameters(d, parts.scan_width) + n_cross * ops.cross_parameters(d, D, h, kv, a)
@@ -212,7 +224,7 @@ def _dlcm_candidates(
                     yield shape, token + concept, concept / (token + concept)
 
 
-def _widths(ideal: float, a: int, rule: ShapeRule) -> list[int]:
+def _widths(ideal: float, a: int) -> list[int]:
     """Multiples of half the head width around `ideal`, nearest first."""
     unit = max(a // 2, 1)
     centre = max(1, round(ideal / unit))
@@ -282,8 +294,8 @@ def cost_function(
     *,
     vocab_size: int,
     seq_len: int,
-    rule: ShapeRule = ShapeRule(),  # noqa: B008
-    parts: Parts = Parts(),  # noqa: B008
+    rule: ShapeRule = DEFAULT_RULE,
+    parts: Parts = DEFAULT_PARTS,
 ) -> CostFunction:
     """The training FLOPs of a model as a smooth function of N, D, R and P: the shape rule with real-valued widths.
 
@@ -299,13 +311,19 @@ def cost_function(
 
     Returns:
         `cost(N, D, R, P)`: N non-embedding parameters, D training tokens, R tokens per concept, P concept share; scalars or
-        arrays that broadcast. P = 0 means the dense model, whatever R. Returns training FLOPs in the same shape.
+        arrays that broadcast. P = 0 means the dense model, whatever R. Returns training FLOPs in the same shape; infinity
+        where one of the two levels would be narrower than 8, since no model is so.
+
+    Example:
+        `cost_function(vocab_size=m.vocab_size, seq_len=256, rule=sweep.shape, parts=Parts.of(m.model_dump()))` for a DLCM's `m`.
     """
 
     def cost(N: Any, D: Any, R: Any, P: Any) -> Any:
         N, D, R, P = np.broadcast_arrays(*(np.asarray(x, dtype=float) for x in (N, D, R, P)))
         is_dense = P <= 0
-        dlcm = _dlcm_forward(N, np.where(is_dense, 1.0, R), np.where(is_dense, 0.5, P), vocab_size, seq_len, rule, parts)
+        dlcm = _dlcm_forward(
+            N, np.where(is_dense, 1.0, R), np.where(is_dense, 0.5, P), vocab_size, seq_len, rule, parts
+        )
         forward = np.where(is_dense, _dense_forward(N, vocab_size, seq_len, rule, parts), dlcm)
         total = ops.TRAINING_FACTOR * forward / seq_len * D
         return float(total) if total.ndim == 0 else total
@@ -326,9 +344,7 @@ def _dense_forward(N: Any, vocab_size: int, seq_len: int, rule: ShapeRule, parts
     return depth * layer + ops.logits(seq_len, d, vocab_size)
 
 
-def _dlcm_forward(
-    N: Any, R: Any, P: Any, vocab_size: int, seq_len: int, rule: ShapeRule, parts: Parts
-) -> Any:
+def _dlcm_forward(N: Any, R: Any, P: Any, vocab_size: int, seq_len: int, rule: ShapeRule, parts: Parts) -> Any:
     """Forward FLOPs of one sequence through the DLCM with real-valued depth, split and widths."""
     depth, a = real_depth(N, rule), _real_head(N, rule, parts)
     if rule.layers:
@@ -348,13 +364,18 @@ def _dlcm_forward(
     cross = cross + ops.attention_scores(ops.cross_pairs(seq_len, n_concepts), d / a, a)
     between = ops.boundary(seq_len, d, parts.scan_width) + ops.pooling(n_concepts, d, D)
     between = between + (ops.smoothing(n_concepts, D) if parts.smoothed else 0.0)
-    return (
-        n_token * token_layer + n_backbone * concept_layer + n_cross * cross + between + ops.logits(seq_len, d, vocab_size)
-    )
+    logits = ops.logits(seq_len, d, vocab_size)
+    total = n_token * token_layer + n_backbone * concept_layer + n_cross * cross + between + logits
+    return np.where((d >= _LEAST_WIDTH) & (D >= _LEAST_WIDTH), total, np.inf)
 
 
 def size_at_cost(
-    training_per_token: float, *, vocab_size: int, seq_len: int, rule: ShapeRule = ShapeRule(), d_head: int | None = None  # noqa: B008
+    training_per_token: float,
+    *,
+    vocab_size: int,
+    seq_len: int,
+    rule: ShapeRule = DEFAULT_RULE,
+    d_head: int | None = None,
 ) -> float:
     """Non-embedding parameters of the dense model that costs `training_per_token` FLOPs (real-valued widths).
 

@@ -42,7 +42,9 @@ class Axes(Frozen):
 
     grid: dict[str, Values] = Field(default={}, description="key -> values; every combination")
     zip: dict[str, Values] = Field(default={}, description="key -> values, all of one length; taken in step")
-    list: tuple[dict[str, Any], ...] = Field(default=(), description="points written out, each a mapping of keys to values")
+    list: tuple[dict[str, Any], ...] = Field(
+        default=(), description="points written out, each a mapping of keys to values"
+    )
 
     @field_validator("grid", "zip", mode="before")
     @classmethod
@@ -64,10 +66,10 @@ class Axes(Frozen):
 class Budgets(Frozen):
     """How long the runs are: exactly one of the three lists. Every design point is run at every budget."""
 
-    flops: tuple[Count, ...] | None = Field(None, description="training FLOPs of one run, at its planned R")
-    tokens: tuple[Count, ...] | None = Field(None, description="training tokens of one run")
+    flops: tuple[Count, ...] | None = Field(default=None, description="training FLOPs of one run, at its planned R")
+    tokens: tuple[Count, ...] | None = Field(default=None, description="training tokens of one run")
     tokens_per_parameter: tuple[Count, ...] | None = Field(
-        None, description="training tokens over the realised non-embedding parameters"
+        default=None, description="training tokens over the realised non-embedding parameters"
     )
 
     @model_validator(mode="after")
@@ -96,35 +98,43 @@ class Baseline(Frozen):
     """Dense models beside the DLCM runs: the same axes without those that only a DLCM has, each model once."""
 
     match: Literal["parameters", "flops"] = Field(
-        "parameters",
+        default="parameters",
         description="`parameters`: as many non-embedding parameters; `flops`: as many training FLOPs per token as each DLCM",
     )
-    sizes: tuple[Count, ...] | None = Field(None, description="non-embedding parameters; those of the sweep by default")
-    seeds: tuple[int, ...] | None = Field(None, description="seeds; those of the sweep by default")
+    sizes: tuple[Count, ...] | None = Field(
+        default=None, description="non-embedding parameters; those of the sweep by default"
+    )
+    seeds: tuple[int, ...] | None = Field(default=None, description="seeds; those of the sweep by default")
     set: dict[str, Any] = Field(default={}, description="config fields of the baseline alone, by dotted path")
 
     @model_validator(mode="after")
     def _check(self) -> "Baseline":
         if self.match == "flops" and self.sizes:
-            raise ValueError("baseline.sizes has no meaning with match: flops, which takes the cost of each DLCM; remove it")
+            raise ValueError(
+                "baseline.sizes has no meaning with match: flops, which takes the cost of each DLCM; remove it"
+            )
         return self
 
 
 class ClusterConfig(Frozen):
     """Where and how the runs run. Every value has a default that works on one machine."""
 
-    partition: str | None = Field(None, description="SLURM partition")
-    account: str | None = Field(None, description="SLURM account")
-    qos: str | None = Field(None, description="SLURM quality of service")
-    time: str = Field("4:00:00", description="wall time of one run: minutes, H:M:S, D-H or D-H:M:S as sbatch reads it")
-    gpus: int = Field(0, ge=0, description="GPUs of one run")
-    cpus_per_run: int = Field(1, gt=0, description="CPUs of one run")
-    memory: str | None = Field(None, description="memory of one run, e.g. 8GB; the cluster's default where absent")
-    constraint: str | None = Field(None, description="SLURM node features")
-    setup: tuple[str, ...] = Field((), description="shell lines before the run, e.g. module loads")
-    concurrency: int = Field(2, gt=0, description="runs at once with `--cluster local`")
-    threads: int = Field(1, gt=0, description="threads of one run on the CPU")
-    array_parallelism: int = Field(256, gt=0, description="tasks of a SLURM array that run at once")
+    partition: str | None = Field(default=None, description="SLURM partition")
+    account: str | None = Field(default=None, description="SLURM account")
+    qos: str | None = Field(default=None, description="SLURM quality of service")
+    time: str = Field(
+        default="4:00:00", description="wall time of one run: minutes, H:M:S, D-H or D-H:M:S as sbatch reads it"
+    )
+    gpus: int = Field(default=0, ge=0, description="GPUs of one run")
+    cpus_per_run: int = Field(default=1, gt=0, description="CPUs of one run")
+    memory: str | None = Field(
+        default=None, description="memory of one run, e.g. 8GB; the cluster's default where absent"
+    )
+    constraint: str | None = Field(default=None, description="SLURM node features")
+    setup: tuple[str, ...] = Field(default=(), description="shell lines before the run, e.g. module loads")
+    concurrency: int = Field(default=2, gt=0, description="runs at once with `--cluster local`")
+    threads: int = Field(default=1, gt=0, description="threads of one run on the CPU")
+    array_parallelism: int = Field(default=256, gt=0, description="tasks of a SLURM array that run at once")
 
     @field_validator("time", mode="before")
     @classmethod
@@ -165,9 +175,9 @@ class Sweep(Frozen):
     base: dict[str, Any] = Field(default={}, description="overrides of the run config that hold for every run")
     shape: ShapeRule = Field(default=ShapeRule(), description="how a size becomes an architecture")
     axes: Axes = Axes()
-    budgets: Budgets | None = Field(None, description="lengths of the runs; train.tokens where absent")
-    baseline: Baseline | None = Field(None, description="dense models to compare with")
-    evaluate: tuple[str, ...] = Field((), description="tasks for every finished run: a name, or a .jsonl file")
+    budgets: Budgets | None = Field(default=None, description="lengths of the runs; train.tokens where absent")
+    baseline: Baseline | None = Field(default=None, description="dense models to compare with")
+    evaluate: tuple[str, ...] = Field(default=(), description="tasks for every finished run: a name, or a .jsonl file")
     cluster: ClusterConfig = ClusterConfig()
 
     _source: Path | None = PrivateAttr(None)
@@ -274,7 +284,9 @@ def _checked_paths(sweep: Sweep, where: str, folder: Path) -> dict[str, Any]:
         overrides = check_paths(sweep.baseline.set, f"{where}: baseline.set", {})
         for key in overrides:
             if key in DESIGN or key.startswith("model.boundary."):
-                raise UserError(f"{where}: baseline.set.{key}: the baseline is dense and takes its size from baseline.sizes")
+                raise UserError(
+                    f"{where}: baseline.set.{key}: the baseline is dense and takes its size from baseline.sizes"
+                )
         update["baseline"] = sweep.baseline.model_copy(update={"set": files(overrides, "baseline.set")})
     return update
 
@@ -326,11 +338,11 @@ def _minutes(text: str) -> int:
     days, *parts = match.groups()
     numbers = [int(part) for part in parts if part is not None]
     if days is not None:
-        hours, minutes, seconds = (numbers + [0, 0])[:3]
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
     elif len(numbers) == 3:
         hours, minutes, seconds = numbers
     else:
-        hours, minutes, seconds = 0, numbers[0], (numbers + [0])[1]
+        hours, minutes, seconds = 0, numbers[0], [*numbers, 0][1]
     total = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
     if total <= 0:
         raise ValueError(f"time = {text!r} leaves no time to run")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from dlcm.config import RunConfig
+from dlcm.config import SCHEMA_VERSION, RunConfig
 from dlcm.errors import UserError, nearest, parse
 from dlcm.record import is_locked, read_json, write_atomic
 from dlcm.yaml_io import load_yaml
@@ -35,7 +35,15 @@ if TYPE_CHECKING:
 Status = Literal["planned", "queued", "running", "finished", "failed", "diverged", "cancelled", "lost"]
 STATUSES: tuple[Status, ...] = ("planned", "queued", "running", "finished", "failed", "diverged", "cancelled", "lost")
 
-SCHEMA_VERSION = 1
+_RECORD_KEYS = {
+    "status.json": ("state", "phase", "pid", "host", "submission", "deaths", "step", "tokens_per_s", "loss_nats", "time"),
+    "failure.json": ("stage", "message", "traceback", "submission"),
+    "result.json": (
+        "status", "step", "tokens", "loss_nats", "bits_per_byte", "tokens_per_concept", "tokens_per_concept_train",
+        "epochs", "params", "wall_s", "device", "reason",
+    ),
+}  # fmt: skip
+
 CLAIM = ".claim"  # the worker's lock; `train` takes its own inside it
 STALE_S = 60.0  # a heartbeat comes every 2 s: after this long its writer is gone, or frozen
 
@@ -228,10 +236,10 @@ def run_state(run: StoredRun, tasks: Sequence[str] = (), latest_alive: int = 0, 
         UserError: a file of the run that cannot be read.
     """
     # The order matters: a run that ends between two reads must look running or ended, never lost.
-    beat = _read_optional(run.path / "status.json")
+    beat = read_record(run.path / "status.json")
     held = is_locked(run.path, CLAIM) or is_locked(run.path)
-    result = _read_optional(run.path / "result.json")
-    failure = _read_optional(run.path / "failure.json")
+    result = read_record(run.path / "result.json")
+    failure = read_record(run.path / "failure.json")
     cancelled = (run.path / "cancelled.json").exists()
     status, reason = _derive(beat, held, result, failure, cancelled, latest_alive, submitted)
     missing = ()
@@ -309,10 +317,22 @@ def _read_plan(sweep_dir: Path) -> pd.DataFrame:
     return frame
 
 
-def _read_optional(path: Path) -> dict[str, Any] | None:
-    try:
-        return read_json(path)
-    except UserError:
-        if path.exists():
-            raise
+def read_record(path: Path) -> dict[str, Any] | None:
+    """`status.json`, `result.json` or `failure.json` of a run; None where the file is not there.
+
+    Raises:
+        UserError: not readable, of another version, or without a key that its readers need.
+    """
+    if not path.exists():
         return None
+    try:
+        record = read_json(path)
+    except UserError:
+        if not path.exists():  # taken away since we looked: a run that starts again clears its failure
+            return None
+        raise
+    if record.get("schema") != SCHEMA_VERSION:
+        raise UserError(f"{path}: schema {record.get('schema')!r}, this version reads {SCHEMA_VERSION}")
+    if absent := [key for key in _RECORD_KEYS[path.name] if key not in record]:
+        raise UserError(f"{path}: no key {', '.join(absent)}; delete it and submit the sweep again")
+    return record

@@ -18,9 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from dlcm.config import SCHEMA_VERSION
 from dlcm.errors import UserError
-from dlcm.record import RunBusyError, is_locked, read_json, run_lock, write_json
-from sweeps.store import CLAIM, STALE_S, StoredRun, StoredSweep, load_sweep, run_state
+from dlcm.record import RunBusyError, is_locked, run_lock, write_json
+from sweeps.store import CLAIM, STALE_S, StoredRun, StoredSweep, load_sweep, read_record, run_state
 
 if TYPE_CHECKING:
     from dlcm.train import Progress
@@ -167,28 +168,24 @@ def _is_open(run: StoredRun, sweep: StoredSweep, submission: int, mine: bool = F
         return False
     if (run.path / "cancelled.json").exists():
         return False
-    failure, beat = (_read(run.path / name) for name in ("failure.json", "status.json"))
+    failure, beat = (read_record(run.path / name) for name in ("failure.json", "status.json"))
     if failure is not None and failure["submission"] >= submission:
         return False
     if beat is not None and beat["submission"] >= submission and beat["state"] == "running":
         n_deaths = beat["deaths"] + 1  # nobody holds the run, so the last try died as well
         if n_deaths >= MAX_DEATHS:
             return False
-    result = _read(run.path / "result.json")
+    result = read_record(run.path / "result.json")
     if result is None:
         return True
     return result["status"] == "finished" and bool(run_state(run, sweep.spec.evaluate).missing_evaluations)
 
 
 def _beats_elsewhere(run: StoredRun) -> bool:
-    beat = _read(run.path / "status.json")
+    beat = read_record(run.path / "status.json")
     if beat is None or beat["state"] != "running" or beat["host"] == socket.gethostname():
         return False
     return time.time() - beat["time"] < STALE_S
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    return read_json(path) if path.exists() else None
 
 
 class Heartbeat:
@@ -197,10 +194,10 @@ class Heartbeat:
     def __init__(self, run: StoredRun, submission: int, job_id: str) -> None:
         self._path = run.path / "status.json"
         now = time.time()
-        before = _read(self._path)
+        before = read_record(self._path)
         died = before is not None and before["state"] == "running" and before["submission"] == submission
         self._facts: dict[str, Any] = {
-            "schema": 1,
+            "schema": SCHEMA_VERSION,
             "run_id": run.run_id,
             "state": "running",
             "phase": "prepare",
@@ -298,12 +295,13 @@ def _stop_if_cancelled(run: StoredRun) -> None:
 
 
 def _evaluate(run: StoredRun, sweep: StoredSweep, beat: Heartbeat) -> None:
-    for task in run_state(run, sweep.spec.evaluate).missing_evaluations:
+    missing = run_state(run, sweep.spec.evaluate).missing_evaluations
+    if missing:
         from dlcm.evaluate import evaluate
 
-        _stop_if_cancelled(run)
         beat.update(phase="evaluate")
-        evaluate(run.path, [task])
+        # One call for all tasks loads the model once.
+        evaluate(run.path, missing, progress=lambda *_: _stop_if_cancelled(run))
 
 
 def _record_failure(run: StoredRun, stage: str, submission: int, error: Exception) -> None:
@@ -312,7 +310,7 @@ def _record_failure(run: StoredRun, stage: str, submission: int, error: Exceptio
     message = lines[-1].strip() if lines else type(error).__name__
     print(trace, file=sys.stderr, flush=True)
     failure = {
-        "schema": 1,
+        "schema": SCHEMA_VERSION,
         "run_id": run.run_id,
         "stage": stage,
         "exception": type(error).__name__,

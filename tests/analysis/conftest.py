@@ -28,7 +28,9 @@ def cost(N, D, R, P):
     return 3 * np.asarray(D, dtype=float) * forward_flops(N, R, P)
 
 
-def row(model: str, N: float, D: float, R: float, P: float, rng: np.random.Generator, noise: float, seed: int = 0) -> dict:
+def row(
+    model: str, N: float, D: float, R: float, P: float, rng: np.random.Generator, noise: float, seed: int = 0
+) -> dict:
     realised = R * (1 + rng.normal(0, 0.01)) if model == "dlcm" else 1.0
     if model == "dlcm":
         loss = laws.COMPRESSION_AWARE.predict(PLANTED_DLCM, N=N, D=D, R=realised, P=P)
@@ -105,7 +107,11 @@ def demo_frame() -> pd.DataFrame:
 def adequate_frame() -> pd.DataFrame:
     """Four sizes over 1.8 decades, three shares, three ratios, four budgets: enough for the law without offsets."""
     return make_frame(
-        [1e5, 5e5, 2e6, 6e6], [3e11, 3e12, 3e13, 3e14], dense_sizes=[1e5, 3e5, 1e6, 2e6, 6e6], ratios=(2.0, 4.0, 8.0), noise=0.001
+        [1e5, 5e5, 2e6, 6e6],
+        [3e11, 3e12, 3e13, 3e14],
+        dense_sizes=[1e5, 3e5, 1e6, 2e6, 6e6],
+        ratios=(2.0, 4.0, 8.0),
+        noise=0.001,
     )
 
 

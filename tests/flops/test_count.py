@@ -25,14 +25,17 @@ SMALL = ModelConfig(
 def test_paper_model_has_the_published_parameters():
     params = parameters(PAPER_DLCM)
     assert 2.23e9 <= params.total <= 2.26e9
-    assert params.concept / params.total == pytest.approx(0.60, abs=0.015)  # P with embeddings, as the paper counts
+    # P with embeddings: the reference figure is 0.60; ours is 0.609, at the lower end of the range of totals above.
+    assert params.concept / params.total == pytest.approx(0.609, abs=0.0005)
     assert 1.2e9 <= parameters(PAPER_DENSE).total <= 1.35e9
 
 
 def test_paper_model_costs_less_than_its_dense_baseline():
     dlcm, dense = count(PAPER_DLCM, seq_len=2048, tokens_per_concept=4.0), count(PAPER_DENSE, seq_len=2048)
     assert 0.92 <= dlcm.forward_per_token / dense.forward_per_token <= 0.94
-    assert 0.325 <= dlcm.share("backbone") <= 0.34
+    # The reference says 33-34% and gives no sequence length. At 2,048 it is 32.9%; without attention scores 34.3%, and then
+    # the ratio is 0.962: the two reference figures hold together only for lengths from about 1,420 to 1,920.
+    assert dlcm.share("backbone") == pytest.approx(0.3293, abs=0.0005)
 
 
 def test_components_follow_the_table_term_by_term():
@@ -107,7 +110,9 @@ def test_groups_and_components_sum_to_the_total():
 def test_operations_take_arrays():
     widths = np.array([64.0, 128.0])
     assert ops.layer(100, 5000.0, widths, widths / 16, widths / 16, 16, 2.5 * widths).shape == (2,)
-    assert ops.layer_parameters(widths, widths / 16, widths / 16, 16, 2.5 * widths)[0] == ops.layer_parameters(64, 4, 4, 16, 160)
+    assert ops.layer_parameters(widths, widths / 16, widths / 16, 16, 2.5 * widths)[0] == ops.layer_parameters(
+        64, 4, 4, 16, 160
+    )
 
 
 @pytest.mark.parametrize(

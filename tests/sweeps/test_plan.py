@@ -78,12 +78,16 @@ def test_the_planned_cost_is_that_of_the_closed_form():
     for run in planned(baseline={}).runs:
         model = run.config.model
         assert run.params == parameters(model)
-        assert run.flops_train_planned == pytest.approx(count(model, 256, model.compression_target).training_per_token * run.tokens)
+        assert run.flops_train_planned == pytest.approx(
+            count(model, 256, model.compression_target).training_per_token * run.tokens
+        )
 
 
 def test_the_baseline_has_each_dense_model_once():
     made = planned(
-        axes={"grid": {"size": [3e5, 5e5], "compression_ratio": [2, 4], "optim.lr_concept": [1e-3, 2e-3], "seed": [0, 1]}},
+        axes={
+            "grid": {"size": [3e5, 5e5], "compression_ratio": [2, 4], "optim.lr_concept": [1e-3, 2e-3], "seed": [0, 1]}
+        },
         baseline={"match": "parameters"},
     )
     dense = [run for run in made.runs if run.config.model.is_dense]
@@ -155,7 +159,8 @@ def test_a_model_may_be_given_by_its_widths():
         ({"base": {**BASE, "optim": {"lr_token": "fast"}}}, "optim.lr_token"),
         ({"base": {**BASE, "data": {"seq_len": 300}}}, "not a multiple of data.seq_len = 300"),
         ({"base": {**BASE, "data": {"tokenizer": "hub:x/y"}}}, "give model.vocab_size"),
-        ({"base": {}, "baseline": {}}, "missing key 'd_token'"),
+        ({"base": {}}, "missing key 'd_token'"),
+        ({"base": {}, "baseline": {}}, "no size to match"),
     ],
 )
 def test_an_impossible_plan_is_refused_and_names_the_way_out(blocks, words):
@@ -171,13 +176,19 @@ def test_a_refusal_names_the_run():
 def test_the_frame_has_the_columns_of_the_results_table(tmp_path):
     made = planned(baseline={})
     frame = made.to_frame()
-    columns = (
-        "run_id sweep model boundary seed params_total params_embedding params_token params_concept concept_share "
-        "compression_target tokens seq_len flops_train_planned flops_per_token_forward lr_token lr_concept budget budget_share"
-    ).split()
-    assert set(columns) <= set(frame.columns)
+    columns = {
+        *("run_id", "sweep", "model", "boundary", "seed", "params_total", "params_embedding", "params_token"),
+        *("params_concept", "concept_share", "compression_target", "tokens", "seq_len", "flops_train_planned"),
+        *("flops_per_token_forward", "lr_token", "lr_concept", "budget", "budget_share"),
+    }
+    assert columns <= set(frame.columns)
     dense = frame[frame["model"] == "dense"].iloc[0]
-    assert (dense["boundary"], dense["concept_share"], dense["compression_target"], dense["params_concept"]) == ("none", 0, 1, 0)
+    assert (dense["boundary"], dense["concept_share"], dense["compression_target"], dense["params_concept"]) == (
+        "none",
+        0,
+        1,
+        0,
+    )
     made.save(tmp_path / "plan.parquet")
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "plan.parquet"), frame)
 

@@ -217,7 +217,7 @@ def test_each_missing_evaluation_is_made_and_a_failing_one_keeps_the_result(tmp_
     FakeTrain().install(monkeypatch)
     made = []
 
-    def evaluate(run_dir: Path, tasks):
+    def evaluate(run_dir: Path, tasks, progress):
         if "-s1-" in run_dir.name:
             raise UserError("no such task")
         for task in tasks:
@@ -227,7 +227,7 @@ def test_each_missing_evaluation_is_made_and_a_failing_one_keeps_the_result(tmp_
     monkeypatch.setattr(importlib.import_module("dlcm.evaluate"), "evaluate", evaluate)
     first, second, third = load_sweep(path).runs
     finish(first)
-    write_json(first.path / "eval" / "cloze.json", {"acc": 0.5, "acc_stderr": 0.1})
+    write_json(first.path / "eval" / "corpus.json", {"acc": 0.5, "acc_stderr": 0.1})
     start(path)
     assert made == [(first.run_id, str(other)), (third.run_id, "corpus"), (third.run_id, str(other))]
     states = sweep_states(load_sweep(path), {})
@@ -240,7 +240,7 @@ def test_what_a_run_prints_lands_in_its_log_native_code_included(folder, monkeyp
     import os
     import sys
 
-    monkeypatch.setattr(sys, "stdout", open(1, "w", closefd=False))  # noqa: PTH123, SIM115 (a descriptor, not a path)
+    monkeypatch.setattr(sys, "stdout", open(1, "w", closefd=False))  # noqa: SIM115 (a descriptor, not a path)
 
     def chatter(config):
         print("from python")

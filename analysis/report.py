@@ -1,0 +1,236 @@
+"""analyze(results, out_dir): everything that a set of runs says, as files and as one plain-language summary."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis import laws
+from analysis.compare import RATIO_TOLERANCE, Comparison, compare_at_matched_compute, ratio_table
+from analysis.cost import cost_of_results, require_priced
+from analysis.data import ResultsData, load_results, records
+from analysis.design import Support, describe_support, levels
+from analysis.fit import fit
+from analysis.optimum import Cost, Optimum, optimum
+from analysis.plots import (
+    new_figure,
+    plot_loss_vs_compute,
+    plot_loss_vs_share,
+    plot_predicted_vs_measured,
+    plot_realised_ratio,
+    save_figure,
+)
+from analysis.report_text import format_summary
+from analysis.result import FitResult
+from analysis.savings import Savings, savings
+from analysis.tables import flops_vs_accuracy, format_table
+from dlcm.errors import UserError
+from dlcm.record import write_atomic
+
+Tell = Callable[[str], None]
+PLOTS = ("loss_vs_compute", "loss_vs_share", "realised_ratio", "predicted_vs_measured")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Analysis:
+    """What `analyze` found.
+
+    Attributes:
+        fits: family (`dense`, `dlcm`) -> fit, for the families that have runs.
+        optima: family -> best allocation of `budget`; empty without a cost function.
+        savings: the DLCM against the dense baseline at equal predicted loss, where both were fitted.
+        comparisons: best measured design of either family at each matched budget.
+        support: family -> what its runs can and cannot support.
+        ratios: target and realised tokens per concept, one row a DLCM run.
+        table: FLOPs against accuracy.
+        missing: what could not be made, and why.
+        files: what was written.
+    """
+
+    data: ResultsData
+    budget: float
+    fits: dict[str, FitResult]
+    optima: dict[str, Optimum]
+    savings: Savings | None
+    comparisons: tuple[Comparison, ...]
+    support: dict[str, Support]
+    ratios: pd.DataFrame
+    table: pd.DataFrame
+    missing: tuple[str, ...]
+    files: tuple[Path, ...]
+    out_dir: Path
+
+    def summary(self) -> str:
+        """The findings in plain language, as Markdown that reads well on a terminal."""
+        return format_summary(self)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {
+            "source": self.data.source,
+            "data_hash": self.data.hash,
+            "definitions": self.data.convention.definitions(),
+            "n_runs": len(self.data),
+            "exclusions": [dataclasses.asdict(e) for e in self.data.exclusions],
+            "budget_flops": self.budget,
+            "fits": {family: _without_replicates(result) for family, result in self.fits.items()},
+            "optima": {family: best.to_dict() for family, best in self.optima.items()},
+            "savings": self.savings.to_dict() if self.savings else None,
+            "comparisons": [{**dataclasses.asdict(c), "text": c.describe()} for c in self.comparisons],
+            "support": {family: dataclasses.asdict(s) for family, s in self.support.items()},
+            "ratios": records(self.ratios),
+            "missing": list(self.missing),
+            "files": [str(path) for path in self.files],
+        }
+
+
+def _without_replicates(result: FitResult) -> dict[str, Any]:
+    return {key: value for key, value in result.to_dict().items() if key != "replicates"}
+
+
+def analyze(
+    results_path: str | Path,
+    out_dir: str | Path,
+    *,
+    cost: Cost | None = None,
+    budget: float | None = None,
+    seed: int = 0,
+    n_bootstrap: int = 200,
+    tell: Tell | None = None,
+) -> Analysis:
+    """Fit both families, find the optimum, compare, plot, tabulate, and write it all down.
+
+    Args:
+        results_path: results file or sweep folder.
+        out_dir: gets plots/, tables/, fits/ and summary.md.
+        cost: training FLOPs, `cost(N, D, R, P)`; that of the sweep beside the results by default.
+        budget: training FLOPs to allocate; the largest that was run by default.
+        seed: seeds starts and bootstrap.
+        n_bootstrap: refits for the intervals.
+        tell: called with a line before each step that takes time.
+
+    Raises:
+        UserError: the results are not usable. What merely cannot be said (no dense runs, no cost function) is in `missing`.
+    """
+    tell = tell or (lambda _: None)
+    out = Path(out_dir)
+    data = load_results(results_path)
+    table = flops_vs_accuracy(data)
+    ratios = ratio_table(data)
+    missing: list[str] = []
+    if cost is None:
+        try:
+            cost = cost_of_results(results_path)
+        except UserError as error:
+            missing.append(f"optimum, frontiers and savings: {error}")
+    if cost is not None:
+        require_priced(data.convention)
+    fits = _fit_families(data, missing, tell, seed=seed, n_bootstrap=n_bootstrap)
+    best_family = data.dlcm if len(data.dlcm) else data
+    budget = float(budget) if budget else levels(best_family.C, _SAME_BUDGET)[-1]
+    optima, saved = _allocate(fits, cost, budget, missing, tell)
+    tell("drawing plots and writing tables")
+    files = [*_write_fits(fits, out / "fits"), *_write_tables(table, out / "tables")]
+    files += draw_plots(data, fits, cost, budget, out / "plots", missing)
+    analysis = Analysis(
+        data=data,
+        budget=budget,
+        fits=fits,
+        optima=optima,
+        savings=saved,
+        comparisons=tuple(compare_at_matched_compute(data)),
+        support={f: describe_support(data.of_family(f), f) for f in ("dense", "dlcm") if len(data.of_family(f))},
+        ratios=ratios,
+        table=table,
+        missing=tuple(missing),
+        files=(*files, out / "summary.md"),
+        out_dir=out,
+    )
+    write_atomic(out / "summary.md", analysis.summary() + "\n")
+    return analysis
+
+
+_SAME_BUDGET = 1.3
+
+
+def _fit_families(
+    data: ResultsData, missing: list[str], tell: Tell, *, seed: int, n_bootstrap: int
+) -> dict[str, FitResult]:
+    fits = {}
+    for family, law in (("dense", laws.CHINCHILLA), ("dlcm", laws.COMPRESSION_AWARE)):
+        n = len(data.of_family(family))
+        if not n:
+            missing.append(f"law of the {family} models: the results hold no finished {family} run")
+            continue
+        tell(f"fitting {law.name} to {n} {family} runs, {n_bootstrap} bootstrap refits")
+        fits[family] = fit(law, data, seed=seed, n_bootstrap=n_bootstrap)
+    return fits
+
+
+def _allocate(
+    fits: dict[str, FitResult], cost: Cost | None, budget: float, missing: list[str], tell: Tell
+) -> tuple[dict[str, Optimum], Savings | None]:
+    optima: dict[str, Optimum] = {}
+    if cost is None:
+        return optima, None
+    for family, result in fits.items():
+        tell(f"searching the {family} optimum at {budget:.3g} FLOPs")
+        try:
+            optima[family] = optimum(result, cost, budget)
+        except UserError as error:
+            missing.append(f"optimum of the {family} models: {error}")
+    if "dlcm" in optima and "dense" in fits:
+        tell("comparing with the dense frontier")
+        return optima, savings(optima["dlcm"], fits["dense"], cost)
+    return optima, None
+
+
+def _write_fits(fits: dict[str, FitResult], folder: Path) -> list[Path]:
+    paths = []
+    for family, result in fits.items():
+        result.save(folder / f"{family}.json")
+        paths.append(folder / f"{family}.json")
+    return paths
+
+
+def _write_tables(table: pd.DataFrame, folder: Path) -> list[Path]:
+    paths = []
+    for fmt in ("csv", "md", "tex"):
+        path = folder / f"flops_vs_accuracy.{fmt}"
+        write_atomic(path, format_table(table, fmt))
+        paths.append(path)
+    return paths
+
+
+def draw_plots(
+    data: ResultsData, fits: dict[str, FitResult], cost: Cost | None, budget: float, folder: Path, missing: list[str]
+) -> list[Path]:
+    """Write the four plots as PNG and SVG; what cannot be drawn is added to `missing`."""
+    dense, dlcm = fits.get("dense"), fits.get("dlcm")
+    draw: dict[str, Callable[[Any], Any]] = {
+        "loss_vs_compute": lambda ax: plot_loss_vs_compute(ax, data, dense=dense, dlcm=dlcm, cost=cost),
+        "loss_vs_share": lambda ax: plot_loss_vs_share(
+            ax, data, budget=_nearest_budget(data, budget), fit=dlcm, cost=cost
+        ),
+        "realised_ratio": lambda ax: plot_realised_ratio(ax, data, tolerance=RATIO_TOLERANCE),
+        "predicted_vs_measured": lambda ax: plot_predicted_vs_measured(ax, data, list(fits.values())),
+    }
+    paths = []
+    for name in PLOTS:
+        if name in ("loss_vs_share", "realised_ratio") and not len(data.dlcm):
+            missing.append(f"plot {name}: the results hold no finished dlcm run")
+            continue
+        figure, ax = new_figure()
+        draw[name](ax)
+        paths += [save_figure(figure, folder / f"{name}.{suffix}", data=data) for suffix in ("png", "svg")]
+    return paths
+
+
+def _nearest_budget(data: ResultsData, budget: float) -> float:
+    """The budget at which DLCM runs were made that lies nearest to the one asked for."""
+    return min(levels(data.dlcm.C, _SAME_BUDGET), key=lambda c: abs(c / budget - 1))

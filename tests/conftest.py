@@ -1,0 +1,22 @@
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Tests neither read nor leave tokenized corpora in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DLCM_CACHE", str(tmp_path_factory.mktemp("dlcm-cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of data that is not part of the project; tests that read it are skipped where it is absent."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    path = Path(os.environ.get("DLCM_SHARED_DATA", default))
+    if not path.is_dir():
+        pytest.skip(f"no shared data in {path}; set DLCM_SHARED_DATA")
+    return path

@@ -1,0 +1,361 @@
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from dlcm import shards
+from dlcm.config import DataConfig
+from dlcm.errors import UserError
+from dlcm.shards import open_corpus
+
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
+ORDERS = {0: [0, 3, 7, 5, 1, 2, 6, 4], 1: [2, 0, 1, 4, 5, 6, 7, 3]}
+
+
+def make_texts(n=300, seed=0):
+    rng = np.random.default_rng(seed)
+    return [f"{i}: " + " ".join(rng.choice(WORDS, rng.integers(1, 120))) + "\nü" for i in range(n)]
+
+
+TEXTS = make_texts()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DLCM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("source") / "x.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(source):
+    return DataConfig(corpus=str(source), tokenizer="bpe-400", validation_share=0.2)
+
+
+@pytest.fixture(scope="module")
+def corpus(config):
+    return open_corpus(config)
+
+
+def texts_of(corpus, split):
+    return [corpus.tokenizer.decode(split.document(i)) for i in range(split.n_documents)]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe-400"])
+def test_every_document_is_in_exactly_one_split_and_comes_back_whole(config, tokenizer):
+    corpus = open_corpus(config.model_copy(update={"tokenizer": tokenizer}))
+    train, validation = texts_of(corpus, corpus.train), texts_of(corpus, corpus.validation)
+    assert sorted(train + validation) == sorted(TEXTS)
+    assert train == [text for text in TEXTS if text in set(train)]  # in the order of the source
+    assert 0.12 * len(TEXTS) < len(validation) < 0.28 * len(TEXTS)
+    for split, texts in ((corpus.train, train), (corpus.validation, validation)):
+        assert split.n_bytes == sum(len(text.encode()) for text in texts)
+        assert split.n_tokens == split.offsets[-1] == len(split.tokens)
+        assert split.epochs(3 * split.n_tokens) == 3.0
+        assert (split.tokens[split.offsets[:-1]] == corpus.tokenizer.eot_id).all()
+        assert (split.tokens == corpus.tokenizer.eot_id).sum() == split.n_documents
+    assert corpus.train.tokens.dtype == np.uint16
+
+
+def test_the_split_is_decided_by_content_not_by_place_or_company(tmp_path, corpus):
+    path = tmp_path / "y.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*reversed(TEXTS), *make_texts(40, seed=1)]))
+    other = open_corpus(DataConfig(corpus=str(path), tokenizer="bytes", validation_share=0.2))
+    mine = set(texts_of(corpus, corpus.validation))
+    assert {text for text in texts_of(other, other.validation) if text in set(TEXTS)} == mine
+
+
+def test_equal_documents_never_stand_in_both_splits(tmp_path):
+    path = tmp_path / "twice.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 2))
+    corpus = open_corpus(DataConfig(corpus=str(path), tokenizer="bytes", validation_share=0.2))
+    assert not set(texts_of(corpus, corpus.train)) & set(texts_of(corpus, corpus.validation))
+
+
+def test_a_corpus_of_two_documents_still_has_both_splits(tmp_path):
+    (tmp_path / "a.txt").write_text("one document")
+    (tmp_path / "b.txt").write_text("another")
+    corpus = open_corpus(DataConfig(corpus=str(tmp_path), tokenizer="bytes", validation_share=0.01))
+    assert corpus.train.n_documents == corpus.validation.n_documents == 1
+
+
+@pytest.mark.parametrize(
+    ("n", "share", "expected"), [(3, 0.05, 1), (9, 0.05, 2), (60, 0.05, 3), (60, 0.5, 30), (2, 0.9, 1)]
+)
+def test_of_few_documents_the_share_is_kept_exactly(tmp_path, cache, n, share, expected):
+    path = tmp_path / "few.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:n]))
+    corpus = open_corpus(DataConfig(corpus=str(path), tokenizer="bytes", validation_share=share))
+    assert (corpus.train.n_documents, corpus.validation.n_documents) == (n - expected, expected)
+
+
+def test_targets_are_the_next_token_of_the_stream(corpus):
+    batch = corpus.train.batch(3, seed=1, batch_tokens=256, seq_len=32)
+    stream = np.asarray(corpus.train.tokens).astype(np.int64)
+    where = (batch.windows[:, None] + np.arange(32)).ravel()
+    np.testing.assert_array_equal(batch.tokens_T, stream[where])
+    np.testing.assert_array_equal(batch.targets_T, stream[where + 1])
+    assert (batch.tokens_T.dtype, batch.targets_T.dtype) == (np.int64, np.int64)
+    assert (batch.cu_seqlens.dtype, batch.windows.dtype) == (np.int32, np.int64)
+
+
+def test_sequences_start_at_every_window_and_every_document_and_nowhere_else(corpus):
+    seen = 0
+    for step in range(20):
+        batch = corpus.train.batch(step, seed=5, batch_tokens=512, seq_len=64)
+        starts = {i * 64 for i in range(8)} | set(np.flatnonzero(batch.tokens_T == corpus.tokenizer.eot_id).tolist())
+        assert batch.cu_seqlens.tolist() == [*sorted(starts), 512]
+        seen += len(starts) - 8
+    assert seen > 20
+
+
+def test_an_epoch_draws_every_window_once_and_the_next_one_in_another_order(corpus):
+    n_windows = (corpus.train.n_tokens - 1) // 32
+    drawn = [corpus.train.batch(s, seed=2, batch_tokens=32, seq_len=32).windows[0] for s in range(2 * n_windows)]
+    first, second = drawn[:n_windows], drawn[n_windows:]
+    assert sorted(first) == sorted(second) == [32 * i for i in range(n_windows)]
+    assert first != second
+    assert first != sorted(first)
+
+
+def test_a_batch_depends_on_seed_and_step_alone(corpus, config):
+    draw = {"batch_tokens": 256, "seq_len": 32}
+    fresh = open_corpus(config).train.batch(77, seed=3, **draw)
+    for step in (0, 500, 3):
+        corpus.train.batch(step, seed=9, **draw)
+    again = corpus.train.batch(77, seed=3, **draw)
+    for field in ("tokens_T", "targets_T", "cu_seqlens", "windows"):
+        np.testing.assert_array_equal(getattr(fresh, field), getattr(again, field))
+    assert (corpus.train.batch(77, seed=4, **draw).windows != again.windows).any()
+    halves = [corpus.train.batch(step, seed=3, batch_tokens=128, seq_len=32).windows for step in (154, 155)]
+    np.testing.assert_array_equal(np.concatenate(halves), again.windows)
+
+
+def test_the_order_of_windows_does_not_change_with_versions():
+    split = shards.Split("train", np.arange(33, dtype=np.uint16), np.array([0, 33]), 0)
+    # Written down once: runs are comparable only as long as seed and step mean the same windows.
+    for seed, order in ORDERS.items():
+        assert (split.batch(0, seed=seed, batch_tokens=32, seq_len=4).windows // 4).tolist() == order
+
+
+def test_a_batch_longer_than_the_corpus_goes_round_again(corpus):
+    n_windows = (corpus.validation.n_tokens - 1) // 64
+    windows = corpus.validation.batch(0, seed=0, batch_tokens=64 * 3 * n_windows, seq_len=64).windows
+    assert np.unique(windows, return_counts=True)[1].tolist() == [3] * n_windows
+
+
+def test_validation_windows_are_fixed_spread_out_and_bounded(corpus):
+    batches = list(corpus.validation.windows(32, 640, batch_tokens=128))
+    starts = np.concatenate([batch.windows for batch in batches])
+    n_windows = (corpus.validation.n_tokens - 1) // 32
+    assert len(starts) == 20
+    assert [len(batch.tokens_T) for batch in batches] == [128] * 5
+    assert starts[0] == 0
+    assert starts[-1] >= 32 * (n_windows * 19 // 20)
+    assert (np.diff(starts) > 0).all()
+    everything = list(corpus.validation.windows(32, 10**9))
+    assert sum(len(batch.tokens_T) for batch in everything) == 32 * n_windows
+
+
+def test_target_bytes_count_the_text_that_is_predicted(corpus):
+    batches = list(corpus.validation.windows(1, 10**9))
+    counted = sum(corpus.target_bytes(batch) for batch in batches)
+    assert counted == corpus.validation.n_bytes
+    batch = next(corpus.validation.windows(32, 32))
+    expected = sum(len(corpus.tokenizer.token_bytes()[i]) for i in batch.targets_T)
+    assert corpus.target_bytes(batch) == expected
+
+
+def test_a_batch_of_2048_tokens_takes_less_than_a_millisecond(corpus):
+    corpus.train.batch(0, seed=0, batch_tokens=2048, seq_len=256)
+    times = []
+    for step in range(50):
+        start = time.perf_counter()
+        corpus.train.batch(step, seed=0, batch_tokens=2048, seq_len=256)
+        times.append(time.perf_counter() - start)
+    assert np.median(times) < 1e-3
+
+
+def test_validation_text_never_reaches_the_trained_tokenizer(tmp_path, cache, monkeypatch):
+    seen = []
+    real = shards.Tokenizer.train
+    monkeypatch.setattr(shards.Tokenizer, "train", lambda texts, size: real(seen_through(texts, seen), size))
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    corpus = open_corpus(DataConfig(corpus=str(path), tokenizer="bpe-400", validation_share=0.2))
+    assert sorted(seen) == sorted(texts_of(corpus, corpus.train))
+
+
+def seen_through(texts, seen):
+    for text in texts:
+        seen.append(text)
+        yield text
+
+
+def test_a_second_opening_reads_the_cache_and_any_change_of_source_or_settings_does_not(tmp_path, cache, monkeypatch):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    config = DataConfig(corpus=str(path), tokenizer="bytes", validation_share=0.2)
+    first = open_corpus(config)
+    changed = [{"tokenizer": "bpe-300"}, {"validation_share": 0.1}]
+    folders = {first.folder, *(open_corpus(config.model_copy(update=change)).folder for change in changed)}
+    assert len(folders) == 3
+    built = []
+    real = shards._build
+    monkeypatch.setattr(shards, "_build", lambda *args: (built.append(1), real(*args)))
+    assert open_corpus(config).fingerprint == first.fingerprint
+    same = config.model_copy(update={"seq_len": 17, "validation_tokens": 99})
+    assert open_corpus(same).folder == first.folder
+    assert built == []
+    path.write_text(path.read_text() + '{"text": "one more"}\n')
+    again = open_corpus(config)
+    assert built == [1]
+    assert again.fingerprint != first.fingerprint
+
+
+def test_the_fingerprint_is_that_of_the_content_not_of_the_place(tmp_path, cache, corpus, config, source):
+    copy = tmp_path / "elsewhere.jsonl"
+    copy.write_bytes(source.read_bytes())
+    assert open_corpus(config.model_copy(update={"corpus": str(copy)})).fingerprint == corpus.fingerprint
+
+
+def _open_in_process(queue, config):
+    corpus = open_corpus(config)
+    queue.put((corpus.fingerprint, corpus.train.n_tokens, str(corpus.folder)))
+
+
+def test_processes_that_build_at_once_leave_one_correct_cache(cache, config, corpus):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    workers = [context.Process(target=_open_in_process, args=(queue, config)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    answers = {queue.get(timeout=60) for _ in workers}
+    for worker in workers:
+        worker.join()
+    assert len(answers) == 1
+    assert next(iter(answers))[:2] == (corpus.fingerprint, corpus.train.n_tokens)
+    assert [path.name for path in cache.iterdir() if not path.name.startswith(".")] == [corpus.folder.name]
+    assert not list(cache.glob(".*.tmp"))
+
+
+def test_a_build_that_is_killed_leaves_nothing_that_is_read(tmp_path, cache, config, corpus):
+    code = f"""
+import os, signal
+from dlcm import shards
+from dlcm.config import DataConfig
+shards._GROUP_CHARS = 2000
+calls = []
+def progress(what, done, total):
+    calls.append(what)
+    if calls.count("tokenizing") == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+shards.open_corpus(DataConfig(**{config.model_dump()!r}), progress)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "DLCM_CACHE": str(cache)})
+    assert done.returncode == -signal.SIGKILL
+    assert list(cache.glob(".*.tmp"))
+    assert not (cache / corpus.folder.name).exists()
+    again = open_corpus(config)
+    assert again.fingerprint == corpus.fingerprint
+    assert not list(cache.glob(".*.tmp"))
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path, cache):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS) + "{broken\n")
+    with pytest.raises(UserError, match=r"x\.jsonl:301: not valid JSON"):
+        open_corpus(DataConfig(corpus=str(path), tokenizer="bytes"))
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "train.bin").write_bytes((f / "train.bin").read_bytes()[:-2]), "train shard does not have the"),
+        (lambda f: (f / "validation.bin").unlink(), "damaged validation shard"),
+        (lambda f: (f / "train.offsets.npy").write_bytes(b""), "damaged train shard"),
+        (lambda f: (f / "meta.json").write_text("{"), "meta.json: not readable as JSON"),
+    ],
+)
+def test_a_damaged_cache_is_refused_with_the_way_out(cache, config, damage, message):
+    folder = open_corpus(config).folder
+    damage(folder)
+    with pytest.raises(UserError, match=message) as error:
+        open_corpus(config)
+    assert str(folder) in str(error.value)
+    assert "delete" in str(error.value)
+
+
+def test_shards_of_another_tokenizer_are_refused_with_the_way_out(cache, config):
+    folder = open_corpus(config).folder
+    other = open_corpus(config.model_copy(update={"tokenizer": "bpe-350"})).folder
+    (folder / "tokenizer.json").write_bytes((other / "tokenizer.json").read_bytes())
+    with pytest.raises(UserError, match="tokenizer.json does not match the shards.*rm -r"):
+        open_corpus(config)
+
+
+def test_a_tokenizer_file_is_used_and_its_content_is_part_of_the_key(cache, config, tmp_path):
+    trained = open_corpus(config)
+    path = tmp_path / "mine.json"
+    path.write_bytes((trained.folder / "tokenizer.json").read_bytes())
+    given = open_corpus(config.model_copy(update={"tokenizer": str(path)}))
+    assert given.tokenizer.fingerprint == trained.tokenizer.fingerprint
+    np.testing.assert_array_equal(given.train.tokens, trained.train.tokens)
+    path.write_bytes(
+        (open_corpus(config.model_copy(update={"tokenizer": "bpe-350"})).folder / "tokenizer.json").read_bytes()
+    )
+    assert open_corpus(config.model_copy(update={"tokenizer": str(path)})).folder != given.folder
+
+
+@pytest.mark.parametrize("texts", [[], ["only one"], ["twice", "twice"]])
+def test_a_corpus_that_cannot_be_split_is_refused(tmp_path, cache, texts):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with pytest.raises(UserError, match="at least two different documents"):
+        open_corpus(DataConfig(corpus=str(path), tokenizer="bytes"))
+
+
+def test_a_split_shorter_than_a_window_is_refused_when_it_is_drawn_from(tmp_path):
+    for i in range(2):
+        (tmp_path / f"{i}.txt").write_text(f"tiny {i}")
+    corpus = open_corpus(DataConfig(corpus=str(tmp_path), tokenizer="bytes"))
+    with pytest.raises(UserError, match="train split has 7 tokens.*seq_len = 256"):
+        corpus.train.batch(0, seed=0, batch_tokens=256, seq_len=256)
+    with pytest.raises(UserError, match="validation split.*validation_share"):
+        next(corpus.validation.windows(256, 1000))
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, config, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DLCM_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match="set DLCM_CACHE"):
+        open_corpus(config)
+
+
+def test_a_build_reports_its_progress(cache, config):
+    calls = []
+    open_corpus(config, lambda *args: calls.append(args))
+    assert {what for what, _, _ in calls} == {"training the tokenizer", "tokenizing"}
+    assert calls[-1][1] == sum(len(text.encode()) for text in TEXTS)
+
+
+def test_the_shared_prose_corpus_is_tokenized_without_loss(shared_data, cache):
+    path = shared_data / "corpus" / "wikitext2.txt"
+    corpus = open_corpus(DataConfig(corpus=str(path), tokenizer="bytes"))
+    text = "".join(texts_of(corpus, corpus.train)) + "".join(texts_of(corpus, corpus.validation))
+    assert sorted(text) == sorted(path.read_text(encoding="utf-8"))
+    assert corpus.train.n_bytes + corpus.validation.n_bytes == path.stat().st_size
+    assert corpus.validation.n_documents >= 5

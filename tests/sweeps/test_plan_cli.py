@@ -1,0 +1,127 @@
+"""`dlcm sweep plan` and `dlcm flops ...` as a person runs them: tables, JSON, CSV, and errors on one line with status 2."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from dlcm.cli import main
+
+SWEEP = """
+base: {size: 0.4M, concept_share: 0.5}
+axes: {grid: {compression_ratio: [2, 4]}}
+budgets: {tokens: [100k]}
+baseline: {match: parameters}
+"""
+
+
+@pytest.fixture
+def dlcm(monkeypatch, capsys):
+    """Run the command line in this process; returns (status, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dlcm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capsys.readouterr()
+        return int(end.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def sweep_file(tmp_path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SWEEP)
+    return path
+
+
+def test_plan_prints_shape_size_ratio_tokens_and_cost_of_every_run(dlcm, sweep_file):
+    status, out, err = dlcm("sweep", "plan", sweep_file)
+    lines = out.splitlines()
+    assert (status, err) == (0, "")
+    assert lines[0].split() == ["run", "shape", "N", "P", "R", "tokens", "FLOPs", "share"]
+    assert len(lines) == 1 + 3 + 1
+    assert "3 runs (2 dlcm, 1 dense)" in lines[-1]
+
+
+def test_plan_as_json_and_csv_hold_every_run(dlcm, sweep_file, tmp_path):
+    status, out, _ = dlcm("sweep", "plan", sweep_file, "--json", "--csv", tmp_path / "plan.csv")
+    assert status == 0
+    runs = json.loads(out)["runs"]
+    with (tmp_path / "plan.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [run["run_id"] for run in runs] == [row["run_id"] for row in rows]
+    assert all(run["config"]["train"]["tokens"] == run["tokens"] for run in runs)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("compression_ratio", "compresion_ratio", "did you mean 'compression_ratio'?"),
+        ("budgets", "budget", "did you mean 'budgets'?"),
+        ("[2, 4]", "[2, 1]", "R must be above 1"),
+        ("0.4M", "0.004M", "no integer shape within tolerance"),
+        ("[100k]", "[100]", "less than one step"),
+        ("size: 0.4M", "size: 0.4M, data: {corpus: absent.txt}", "'absent.txt' is neither a known name nor a file"),
+        ("base:", "base: [", "small.yaml:"),
+    ],
+)
+def test_a_faulty_sweep_file_is_one_line_and_writes_nothing(dlcm, sweep_file, tmp_path, old, new, words):
+    sweep_file.write_text(SWEEP.replace(old, new))
+    status, out, err = dlcm("sweep", "plan", sweep_file, "--csv", tmp_path / "plan.csv")
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert str(sweep_file) in err
+    assert words in err
+    assert not (tmp_path / "plan.csv").exists()
+
+
+def test_flops_table_shows_each_shape_of_a_sweep_once(dlcm, sweep_file):
+    status, out, _ = dlcm("flops", "table", sweep_file, "--json")
+    rows = json.loads(out)["rows"]
+    assert status == 0
+    assert len(rows) == 3
+    for row in rows:
+        assert row["training_per_token"] == pytest.approx(3 * row["forward_per_token"])
+        assert row["forward_per_token_full_square"] > row["forward_per_token"]
+
+
+def test_flops_show_reads_a_model_a_run_config_and_a_run_folder(dlcm, sweep_file, tmp_path):
+    _, out, _ = dlcm("sweep", "plan", sweep_file, "--json")
+    run = json.loads(out)["runs"][1]
+    folder = tmp_path / run["run_id"]
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"schema": 1, "run_id": run["run_id"], "config": run["config"]}))
+    config, model = tmp_path / "run_config.json", tmp_path / "model.json"
+    config.write_text(json.dumps(run["config"]))
+    model.write_text(json.dumps(run["config"]["model"]))
+    shown = [json.loads(dlcm("flops", "show", path, "--json")[1]) for path in (folder, config, model)]
+    assert shown[0] == shown[1]
+    assert shown[0]["flops_train"] == pytest.approx(run["flops_train_planned"])
+    assert shown[2]["params"] == shown[0]["params"]
+    assert shown[2]["tokens"] is None
+    assert "backbone" in dlcm("flops", "show", folder)[1]
+    (folder / "result.json").write_text(json.dumps({"tokens_per_concept": 3.0, "tokens_per_concept_train": 3.5}))
+    assert json.loads(dlcm("flops", "show", folder, "--json")[1])["tokens_per_concept"] == 3.5
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [("d_tokn: 3\n", "'d_tokn'; did you mean 'd_token'?"), (SWEEP, "this is a sweep")]
+)
+def test_flops_show_refuses_what_is_no_model(dlcm, tmp_path, content, words):
+    path = tmp_path / "model.yaml"
+    path.write_text(content)
+    status, _, err = dlcm("flops", "show", path)
+    assert status == 2
+    assert words in err
+    assert dlcm("flops", "show", tmp_path)[0] == 2
+
+
+def test_flops_check_agrees_on_the_examples(dlcm):
+    status, out, _ = dlcm("flops", "check", "--json")
+    assert status == 0
+    assert json.loads(out)["agrees"]
