@@ -52,7 +52,8 @@ def bootstrap(
         resample = problem.take(np.concatenate([rows_of[j] for j in drawn]))
         if small:
             fresh = draw_starts(resample, rng, n_starts=1, n_candidates=_FRESH_CANDIDATES)
-            found[i] = min((approach(resample, start, max_steps=25) for start in (theta, *fresh)), key=lambda answer: answer[1])[0]
+            answers = [approach(resample, start, max_steps=25) for start in (theta, *fresh)]
+            found[i] = min(answers, key=lambda answer: answer[1])[0]
         else:
             found[i] = refit(resample, theta)[0]
         if progress:

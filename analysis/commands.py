@@ -54,7 +54,7 @@ def fit_verb(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="also write the fit to this .json")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fit a law to the runs; constants with intervals and status."""
+    """Fit a law: constants with intervals and status."""
     from analysis import laws
     from analysis.data import load_results
 
@@ -77,7 +77,10 @@ def optimum_verb(
     vocab_size: Vocabulary = None,
     as_json: AsJson = False,
 ) -> None:
-    """Least predicted loss at a budget over R, P, N and D, and what it saves against the dense baseline."""
+    """Spend a budget best, and compare with the dense model.
+
+    Least predicted loss over R, P, N and D at the budget, and the FLOPs that it saves against the dense baseline.
+    """
     from analysis import laws
     from analysis.cost import cost_of_results
     from analysis.data import load_results
@@ -134,7 +137,7 @@ def export_verb(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="write to this file instead of printing")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """FLOPs against accuracy, one row a run, as CSV, Markdown or LaTeX."""
+    """Table of FLOPs against accuracy: CSV, Markdown, LaTeX."""
     from analysis.data import load_results, records
     from analysis.tables import flops_vs_accuracy, format_table
     from dlcm.record import write_atomic
@@ -161,7 +164,10 @@ def report_verb(
     vocab_size: Vocabulary = None,
     as_json: AsJson = False,
 ) -> None:
-    """Laws, optimum, comparison, plots and tables in one folder, with a summary in plain language."""
+    """Write laws, optimum, plots and tables to one folder.
+
+    With a comparison against the dense baseline and a summary in plain language, which is printed.
+    """
     from analysis.cost import cost_of_results
     from analysis.data import find_results
     from analysis.report import analyze

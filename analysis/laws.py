@@ -183,14 +183,15 @@ class Law:
 
         Args:
             values: parameter -> value; held parameters may be left out.
-            **inputs: arrays of the law's inputs, broadcast against each other.
+            **inputs: arrays of the law's inputs, broadcast against each other. Others are let pass and only give their
+                shape: a reduction predicts what its law predicts, also where it no longer depends on all of its inputs.
         """
-        shape = np.broadcast_shapes(*(np.shape(inputs[i]) for i in self.inputs if i in inputs))
+        shape = np.broadcast_shapes(*(np.shape(value) for value in inputs.values()))
         return np.broadcast_to(self.evaluate(values, self.compute_variables(inputs), gradient=False)[0], shape)
 
     def gradient(self, values: Mapping[str, float], **inputs: Any) -> Array:
         """Partial derivatives by each of `parameters`, shape (..., n_parameters)."""
-        shape = np.broadcast_shapes(*(np.shape(inputs[i]) for i in self.inputs if i in inputs))
+        shape = np.broadcast_shapes(*(np.shape(value) for value in inputs.values()))
         partials = self.evaluate(values, self.compute_variables(inputs), gradient=True)[1]
         return np.stack([np.broadcast_to(partials[p.name], shape) for p in self.parameters], axis=-1)
 

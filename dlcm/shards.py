@@ -31,7 +31,7 @@ from dlcm.errors import UserError
 from dlcm.record import read_json, write_json
 from dlcm.tokens import Tokenizer, parse_tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BPE_SAMPLE_BYTES = 8 * 2**20
 _GROUP_CHARS = 2 * 2**20
 _FEW_DOCUMENTS = 256

@@ -1,0 +1,251 @@
+import json
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from analysis import analyze, fit, laws, load_results
+from analysis.compare import compare_at_matched_compute, ratio_table, seed_noise
+from analysis.design import describe_support, levels
+from analysis.plots import new_figure, plot_loss_vs_compute, plot_loss_vs_share, plot_realised_ratio, save_figure
+from dlcm.errors import UserError
+from tests.analysis.conftest import VOCABULARY, cost, make_frame
+
+PLOTS = ("loss_vs_compute", "loss_vs_share", "realised_ratio", "predicted_vs_measured")
+
+
+@pytest.fixture(scope="module")
+def demo_analysis(demo_frame, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("analysis")
+    demo_frame.to_parquet(folder / "results.parquet")
+    told: list[str] = []
+    found = analyze(folder / "results.parquet", folder / "out", cost=cost, n_bootstrap=20, tell=told.append)
+    assert told
+    return found
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The command line with the verbs of `analysis` alone: (exit code, stdout, stderr)."""
+    from dlcm import cli
+
+    point = EntryPoint("analyze", "analysis.commands:app", "dlcm.commands")
+    monkeypatch.setattr(cli, "entry_points", lambda group: [point])
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dlcm", "analyze", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return int(stop.value.code or 0), *capsys.readouterr()
+
+    return call
+
+
+def test_everything_promised_is_written(demo_analysis):
+    out = demo_analysis.out_dir
+    expected = [f"plots/{name}.{s}" for name in PLOTS for s in ("png", "svg")]
+    expected += [f"tables/flops_vs_accuracy.{s}" for s in ("csv", "md", "tex")]
+    expected += ["fits/dense.json", "fits/dlcm.json", "summary.md"]
+    assert sorted(str(p.relative_to(out)) for p in demo_analysis.files) == sorted(expected)
+    assert all((out / name).stat().st_size > 100 for name in expected)
+
+
+def test_the_summary_says_what_so_few_runs_cannot_say(demo_analysis):
+    text = demo_analysis.summary()
+    assert (demo_analysis.out_dir / "summary.md").read_text() == text + "\n"
+    for needed in (
+        "18 finished runs (6 dense, 12 dlcm)",
+        "not identified: only one model size",
+        "N spans 0.00 decades; below 1.5",
+        "no design was run with two seeds",
+        "12 of 12 runs are held",
+        "the dense model wins at this scale",
+        "## Best allocation of 3e+12 training FLOPs",
+    ):
+        assert needed in text
+    assert not any("nan" in line.split() for line in text.splitlines())
+
+
+def test_the_analysis_is_json(demo_analysis):
+    data = json.loads(json.dumps(demo_analysis.to_dict(), allow_nan=False))
+    assert data["n_runs"] == 18
+    assert len(data["ratios"]) == 12
+    assert set(data["optima"]) == {"dense", "dlcm"}
+
+
+def test_figures_carry_their_provenance(demo_analysis):
+    from PIL import Image
+
+    path = demo_analysis.out_dir / "plots" / "loss_vs_compute.png"
+    facts = json.loads(Image.open(path).info["Description"])
+    assert facts["results_hash"] == demo_analysis.data.hash
+    assert facts["commit"]
+    assert demo_analysis.data.hash in path.with_suffix(".svg").read_text()
+
+
+@pytest.mark.parametrize(("n_dense", "n_dlcm"), [(1, 5), (1, 1), (2, 3), (4, 2)])
+def test_a_sweep_cut_off_early_is_analysed_all_the_same(demo_frame, write_results, tmp_path, n_dense, n_dlcm):
+    frame = demo_frame.copy()
+    position = frame.groupby("model").cumcount()
+    kept = position < np.where(frame["model"] == "dense", n_dense, n_dlcm)
+    frame.loc[~kept, "status"] = "cancelled"
+    found = analyze(write_results(frame), tmp_path / "out", cost=cost, n_bootstrap=3)
+    assert set(found.fits) == set(found.optima) == {"dense", "dlcm"}
+    assert not any(p.identified for fitted in found.fits.values() for p in fitted.parameters)
+    assert f"{18 - n_dense - n_dlcm} cancelled" in found.summary()
+
+
+def test_a_missing_family_is_reported_not_fatal(demo_frame, write_results, tmp_path):
+    dense = demo_frame[demo_frame["model"] == "dense"]
+    found = analyze(write_results(dense), tmp_path / "out", cost=cost, n_bootstrap=3)
+    assert set(found.fits) == {"dense"}
+    assert any("no finished dlcm run" in reason for reason in found.missing)
+    assert "No DLCM run." in found.summary()
+
+
+def test_without_a_sweep_the_optimum_is_missing_with_its_reason(demo_frame, write_results, tmp_path):
+    found = analyze(write_results(demo_frame), tmp_path / "out", n_bootstrap=3)
+    assert not found.optima
+    assert any("stands apart from its sweep" in reason for reason in found.missing)
+    assert (tmp_path / "out" / "plots" / "loss_vs_share.png").exists()
+
+
+def test_seeds_give_differences_their_error(write_results):
+    frame = make_frame([9e5], [1e12], dense_sizes=[3e5], seeds=(0, 1, 2), noise=0.01)
+    data = load_results(write_results(frame))
+    noise = seed_noise(data)
+    (comparison,) = compare_at_matched_compute(data)
+    assert noise == pytest.approx(0.01 * 5.4, rel=0.5)
+    assert comparison.error == pytest.approx(noise * np.sqrt(2 / 3))
+    assert "standard error" in comparison.describe()
+    assert describe_support(data.dlcm, "dlcm").n_repeated == 6
+
+
+def test_a_ratio_that_is_not_held_is_shown(demo_frame, write_results):
+    frame = demo_frame.copy()
+    frame.loc[0, "tokens_per_concept"] = 2.2
+    table = ratio_table(load_results(write_results(frame)))
+    assert list(table["held"]).count("NO") == 1
+
+
+def test_scatter_around_one_target_is_one_level():
+    assert levels([1.91, 2.0, 2.1, 3.82, 4.0, 4.2]) == [2.0, 4.0]
+    assert len(levels(np.geomspace(1e6, 1e8, 200))) > 20
+
+
+def test_collinear_sizes_and_tokens_are_warned_about(write_results):
+    frame = make_frame([9e5], [1e12], dense_sizes=np.geomspace(1e5, 1e7, 6))
+    dense = frame["model"] == "dense"
+    frame.loc[dense, "tokens"] = 20 * (frame["params_total"] - frame["params_embedding"])[dense]
+    support = describe_support(load_results(write_results(frame)).dense, "dense")
+    assert any("collinear" in w for w in support.warnings)
+    assert not any("decades" in w for w in support.warnings)
+
+
+def test_plots_return_their_axes_with_units(demo_frame, write_results):
+    data = load_results(write_results(demo_frame))
+    for draw in (plot_loss_vs_compute, plot_loss_vs_share, plot_realised_ratio):
+        _, ax = new_figure()
+        assert draw(ax, data) is ax
+        assert "nats/token" in ax.get_ylabel() or "%" in ax.get_ylabel()
+        assert ax.get_legend() is not None
+    with pytest.raises(UserError, match="no DLCM run within 15%"):
+        plot_loss_vs_share(new_figure()[1], data, budget=1e20)
+
+
+def test_figures_are_saved_in_three_formats_and_no_other(tmp_path, demo_frame, write_results):
+    data = load_results(write_results(demo_frame))
+    figure, ax = new_figure()
+    plot_realised_ratio(ax, data)
+    for suffix in ("png", "svg", "pdf"):
+        assert save_figure(figure, tmp_path / f"f.{suffix}", data=data).stat().st_size > 1000
+    with pytest.raises(UserError, match="saved as .png, .svg or .pdf"):
+        save_figure(figure, tmp_path / "f.gif")
+
+
+def test_the_same_figure_is_the_same_file(tmp_path, demo_frame, write_results):
+    data = load_results(write_results(demo_frame))
+    found = []
+    for name in ("a.svg", "b.svg"):
+        figure, ax = new_figure()
+        plot_realised_ratio(ax, data)
+        found.append(save_figure(figure, tmp_path / name, data=data).read_bytes())
+    assert found[0] == found[1]
+
+
+def test_importing_analysis_loads_neither_torch_nor_a_scheduler_nor_pyplot():
+    code = (
+        "import sys\n"
+        "from analysis import analyze, fit, laws, load_results, optimum\n"
+        "assert callable(fit) and callable(optimum) and laws.CHINCHILLA\n"
+        "print([m for m in ('torch', 'submitit', 'matplotlib.pyplot') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_fit_verb_prints_the_report_and_writes_json(run, demo_frame, write_results, tmp_path):
+    path = write_results(demo_frame)
+    code, out, err = run("fit", path, "--law", "chinchilla", "--bootstrap", 3, "--out", tmp_path / "fit.json")
+    assert code == 0
+    assert "Law chinchilla" in out
+    assert "fitting chinchilla to 6 runs" in err
+    code, out, _ = run("fit", path, "--law", "chinchilla", "--bootstrap", 3, "--json")
+    assert json.loads(out) == json.loads((tmp_path / "fit.json").read_text())
+
+
+def test_optimum_verb_prices_shapes_by_the_sweeps_formulas(run, demo_frame, write_results):
+    frame = demo_frame.assign(seq_len=256)
+    code, out, _ = run("optimum", write_results(frame), "--vocab-size", VOCABULARY, "--bootstrap", 3, "--json")
+    assert code == 0
+    assert set(json.loads(out)["optima"]) == {"dlcm", "dense"}
+
+
+def test_plot_export_and_report_verbs_write_their_files(run, demo_frame, write_results, tmp_path):
+    path = write_results(demo_frame)
+    code, out, _ = run("plot", path, "--out", tmp_path / "p", "--json")
+    assert code == 0
+    assert len(json.loads(out)["files"]) == 8
+    code, out, _ = run("export", path, "--format", "tex", "--out", tmp_path / "t.tex")
+    assert code == 0
+    assert r"\toprule" in (tmp_path / "t.tex").read_text()
+    code, out, _ = run("export", path)
+    assert out.startswith("| run |")
+    code, out, _ = run("report", path, "--bootstrap", 3, "--out", tmp_path / "r")
+    assert code == 0
+    assert out.startswith("# What the runs say")
+    assert Path(tmp_path / "r" / "summary.md").exists()
+
+
+@pytest.mark.parametrize("verb", ["fit", "optimum", "plot", "export", "report"])
+def test_a_missing_file_or_column_is_one_line_and_exit_2(run, verb, demo_frame, write_results, tmp_path):
+    code, out, err = run(verb, tmp_path / "absent.parquet")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "absent.parquet: no such file" in err
+    code, out, err = run(
+        verb,
+        write_results(demo_frame.rename(columns={"tokens": "token"})),
+        *(["--vocab-size", 9] * (verb == "optimum")),
+    )
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "no column 'tokens'; did you mean 'token'" in err
+    assert not (tmp_path / "report").exists()
+
+
+def test_an_unknown_law_is_answered_with_the_nearest(run, demo_frame, write_results):
+    code, _, err = run("fit", write_results(demo_frame), "--law", "compresion_aware")
+    assert code == 2
+    assert "unknown law 'compresion_aware'; did you mean 'compression_aware'" in err
+
+
+def test_fits_of_a_csv_equal_those_of_parquet(demo_frame, write_results):
+    results = [
+        fit(laws.CHINCHILLA, load_results(write_results(demo_frame, f"r.{s}")), n_bootstrap=0)
+        for s in ("csv", "parquet")
+    ]
+    assert results[0].values == pytest.approx(results[1].values, rel=1e-6)
