@@ -180,10 +180,11 @@ def report_verb(
 
 
 def _fit(law: Any, data: "ResultsData", *, loss: str, seed: int, n_bootstrap: int) -> "FitResult":
+    from analysis.design import count_runs
     from analysis.fit import fit
 
     with _progress() as tell:
-        tell(f"fitting {law.name} to {len(data.of_family(law.family))} runs, {n_bootstrap} bootstrap refits")
+        tell(f"fitting {law.name} to {count_runs(len(data.of_family(law.family)))}, {n_bootstrap} bootstrap refits")
         return fit(law, data, loss=loss, seed=seed, n_bootstrap=n_bootstrap)  # pyright: ignore[reportArgumentType]
 
 

@@ -65,8 +65,13 @@ class Comparison:
         if self.error is not None and abs(self.difference) < 2 * self.error:
             verdict = "no difference beyond two standard errors"
         else:
-            verdict = "the dense model wins at this scale" if self.difference > 0 else "the DLCM wins"
-        dense, dlcm = (f"{b.loss:.4f} ({b.label}, of {b.n_designs} designs)" for b in (self.dense, self.dlcm))
+            # without repeated seeds a difference may be noise: then it is stated, not judged
+            verb = "wins" if self.error is not None else "is lower"
+            verdict = f"the {'dense model' if self.difference > 0 else 'DLCM'} {verb} at this scale"
+        dense, dlcm = (
+            f"{b.loss:.4f} ({b.label}, of {b.n_designs} design{'s' * (b.n_designs != 1)})"
+            for b in (self.dense, self.dlcm)
+        )
         return (
             f"{self.flops:.3g} FLOPs: {verdict}. Best dense {dense}, best DLCM {dlcm}; "
             f"DLCM minus dense {self.difference:+.4f} nats{error}"

@@ -22,6 +22,11 @@ RUNS_PER_CONSTANT_FOR_OFFSETS = 3
 COLLINEAR = 0.95
 
 
+def count_runs(n: int) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{n} run" if n == 1 else f"{n} runs"
+
+
 def levels(values: Iterable[float], width: float = LEVEL_WIDTH) -> list[float]:
     """Distinct values, those within a ratio of `width` counted as one; each level is the median of its members."""
     found: list[list[float]] = []

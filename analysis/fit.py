@@ -9,7 +9,7 @@ from analysis import identify, laws
 from analysis.bootstrap import bootstrap
 from analysis.data import ResultsData
 from analysis.descent import approach, minimise, refit
-from analysis.design import reduce_law
+from analysis.design import count_runs, reduce_law
 from analysis.laws import Law
 from analysis.objective import LOSSES, LossKind, Problem
 from analysis.result import Estimate, FitResult, ParameterStatus, Status
@@ -20,6 +20,7 @@ Array = np.ndarray
 Progress = Callable[[int, int], None]
 
 N_STARTS = 24
+MIN_RUNS_TO_RESAMPLE = 3
 N_CANDIDATES = 300
 _SAME = 1e-6
 _NOISE_FREE = 1e-18
@@ -62,6 +63,8 @@ def fit(
     problem = Problem.build(law, rows, loss, delta)
     rng = np.random.default_rng(seed)
     descent = _descend(problem, rng)
+    if len(set(rows.run_ids)) < MIN_RUNS_TO_RESAMPLE:
+        n_bootstrap = 0  # drawing from so few runs gives intervals of no width, which would look like certainty
     replicates, n_degenerate = bootstrap(
         problem, descent.theta, rows.run_ids, n=n_bootstrap, rng=rng, progress=progress
     )
@@ -110,6 +113,7 @@ def _assemble(
     under_other = problem.with_loss(other)
     others = under_other.values(minimise(under_other, theta)[0])
     reasons = identify.flat_profiles(problem, theta) | dict(geometry.flat) | identify.design_limits(law, rows)
+    reasons |= identify.arbitrary_choices(asked, law)
     parameters = _estimates(problem, theta, draws, reasons, hits, others)
     residuals = problem.with_loss("log_mse").residuals(theta)
     logs = np.log(problem.target)
@@ -212,12 +216,15 @@ def _judge(
         found.append(
             (
                 Status.TOO_FEW_POINTS,
-                f"{n_runs} runs for the {n_asked} constants of {asked.name}: the law cannot be fitted whole",
+                f"{count_runs(n_runs)} for the {n_asked} constants of {asked.name}: the law cannot be fitted whole",
             )
         )
     elif n_runs <= n_asked and problem.law == asked:
         found.append(
-            (Status.TOO_FEW_POINTS, f"{n_runs} runs for {n_asked} constants: nothing is left to judge the fit by")
+            (
+                Status.TOO_FEW_POINTS,
+                f"{count_runs(n_runs)} for {n_asked} constants: nothing is left to judge the fit by",
+            )
         )
     if hits:
         text = ", ".join(f"{name} {reason}" for name, reason in hits.items())
@@ -244,7 +251,10 @@ def _judge(
         )
     if rows.exclusions:
         found.append(
-            (Status.CONVERGED, f"{len(rows.exclusions)} runs are left out; what they would have said is missing here")
+            (
+                Status.CONVERGED,
+                f"left out: {count_runs(len(rows.exclusions))}; what they would have said is missing here",
+            )
         )
     gravity = list(Status)
     status = max((s for s, _ in found), key=gravity.index, default=Status.CONVERGED)

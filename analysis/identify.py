@@ -76,6 +76,8 @@ def bound_hits(problem: Problem, theta: Array) -> dict[str, str]:
     """Constants that lie on a bound. An offset of 0 is the law without the offset, and no fault."""
     lower, upper = problem.bounds()
     hits = {}
+    if not problem.law.terms:
+        return hits  # a mean alone: its bounds are the data's own
     for p, value, low, high in zip(problem.law.free, theta, lower, upper):
         margin = _AT_BOUND * (high - low)
         if value <= low + margin and p.kind != "offset":
@@ -127,6 +129,20 @@ def design_limits(law: Law, data: ResultsData) -> dict[str, str]:
                 limits[factor.exponent] = size
                 limits[term.amplitude] = size
     return limits
+
+
+def arbitrary_choices(asked: Law, law: Law) -> dict[str, str]:
+    """Constants that depend on what a reduction chose: an exponent held at a value of no meaning, a term left in the floor."""
+    reasons: dict[str, str] = {}
+    for change in law.changes[len(asked.changes) :]:
+        if change.op == "drop":
+            reasons[law.floor or ""] = f"it contains the term of {change.parameter}"
+        for term in law.terms:
+            exponents = [f.exponent for f in term.factors if f.sign < 0]
+            if change.op == "fix" and change.parameter in exponents:
+                reason = f"it follows {change.parameter}, which is held at a value of no meaning"
+                reasons[term.amplitude] = reasons[law.floor or ""] = reason
+    return reasons
 
 
 def wide_interval(parameter: Parameter, low: float, high: float) -> str | None:

@@ -90,8 +90,16 @@ class Optimum:
 
     @property
     def identified(self) -> bool:
-        """Whether every coordinate that was searched is identified."""
-        return all(c.status != "not identified" for c in self.choices)
+        """Whether something was searched, and all of that is identified."""
+        states = {c.status for c in self.choices}
+        return "ok" in states and "not identified" not in states
+
+    @property
+    def verdict(self) -> str:
+        """`identified`, `not identified`, or that there was nothing to choose."""
+        if all(c.status == "held" for c in self.choices):
+            return "nothing to choose"
+        return "identified" if self.identified else "not identified"
 
     @property
     def extrapolation(self) -> str:
@@ -326,6 +334,8 @@ def _choice(
     reason = ""
     if name == "D":
         others = [_choice(n, best, replicates, box, result) for n in "NRP"]
+        if all(c.status == "held" for c in others):
+            return Choice(name, value, None, None, searched, "held", "it follows from the others and the budget")
         unknown = [c.name for c in others if c.status == "not identified"]
         if unknown:
             reason = f"it follows from {', '.join(unknown)} and the budget"

@@ -119,7 +119,7 @@ def plot_loss_vs_compute(
             line: dict[str, Any] = {"color": style["color"], "linestyle": style["linestyle"]}
             ax.plot(budgets, frontier, linewidth=1.2, label=f"{label}, fitted frontier", **line)
     _log_axis(ax, "x", data.C)
-    return _finish(ax, "training compute (FLOPs)", "validation loss (nats/token)", legend="upper right")
+    return _finish(ax, "training compute (FLOPs)", "validation loss (nats/token)", legend="top")
 
 
 def plot_loss_vs_share(
@@ -201,7 +201,9 @@ def plot_predicted_vs_measured(ax: Axes, data: ResultsData, fits: Sequence[FitRe
         fit.convention.require_same(data.convention, "predicted against measured")
         rows = data.of_family(fit.law.family)
         style = _DENSE if fit.law.family == "dense" else _DLCM
-        predicted = fit.predict(**{name: rows.values(name) for name in fit.law.inputs})
+        predicted = fit.predict(
+            **{name: rows.values(name) for name in dict.fromkeys(("N", "D", "R", "P", *fit.law.inputs))}
+        )
         everything += [*predicted.tolist(), *rows.loss.tolist()]
         label = f"{'dense' if fit.law.family == 'dense' else 'DLCM'}, {100 * fit.rms:.2g}% rms"
         ax.scatter(rows.loss, predicted, s=16, label=label, **_points(style, hollow=True), zorder=3)
@@ -274,15 +276,16 @@ def _finish(ax: Axes, x: str, y: str, *, legend: str, title: str = "") -> Axes:
     }
     style |= {"title": title or None, "title_fontsize": SMALL}
     if legend == "top":
-        # above the data, in rows of three: beside them it would take a third of a column's width
-        n = max(len(ax.get_legend_handles_labels()[1]), 1)
+        # above the data: inside it might cover them, beside them it would take a third of a column's width
+        labels = ax.get_legend_handles_labels()[1]
+        columns = 2 if max(map(len, labels), default=0) > 18 else 4 if title else 3
         place: dict[str, Any] = {
             "loc": "lower left",
             "bbox_to_anchor": (0.0, 1.0),
             "alignment": "left",
             "columnspacing": 1.0,
         }
-        ax.legend(ncols=min(n, 4 if title else 3), **place, **style)
+        ax.legend(ncols=max(min(len(labels), columns), 1), **place, **style)
     else:
         style["loc"] = legend
         ax.legend(**style)

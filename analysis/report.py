@@ -167,7 +167,7 @@ def _fit_families(
         if not n:
             missing.append(f"law of the {family} models: the results hold no finished {family} run")
             continue
-        tell(f"fitting {law.name} to {n} {family} runs, {n_bootstrap} bootstrap refits")
+        tell(f"fitting {law.name} to {n} {family} run{'s' * (n != 1)}, {n_bootstrap} bootstrap refits")
         fits[family] = fit(law, data, seed=seed, n_bootstrap=n_bootstrap)
     return fits
 

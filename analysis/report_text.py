@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from analysis.compare import RATIO_TOLERANCE
+from analysis.design import count_runs
 from analysis.identify import describe_axis
 from analysis.result_text import format_parameters
 from analysis.tables import format_table
@@ -30,7 +31,7 @@ def _runs(analysis: "Analysis") -> list[str]:
     lines = [
         "# What the runs say",
         "",
-        f"{len(data)} finished runs ({families}) of {data.source}, data hash {data.hash}.",
+        f"{len(data)} finished run{'s' * (len(data) != 1)} ({families}) of {data.source}, data hash {data.hash}.",
         "",
     ]
     if data.exclusions:
@@ -44,7 +45,7 @@ def _laws(analysis: "Analysis") -> list[str]:
     lines = ["## Fitted laws"]
     for family, result in analysis.fits.items():
         error = f"root mean square relative error {100 * result.rms:.2g}%"
-        fit_line = f"{result.n_runs} runs, {result.n_free} free constants, {error}"
+        fit_line = f"{count_runs(result.n_runs)}, {result.n_free} free constants, {error}"
         lines += ["", f"{_NAMES[family]}: {result.status}, {fit_line}", "", f"    {result.law.equation}"]
         lines += [f"  {line}" for line in format_parameters(result)]
         lines += _block(_items(list(result.notes)))
@@ -54,7 +55,7 @@ def _laws(analysis: "Analysis") -> list[str]:
 def _optimum(analysis: "Analysis") -> list[str]:
     lines = [f"## Best allocation of {analysis.budget:.3g} training FLOPs"]
     for family, best in analysis.optima.items():
-        lines += ["", f"{_NAMES[family]}: {'identified' if best.identified else 'not identified'}. {best.headline}", ""]
+        lines += ["", f"{_NAMES[family]}: {best.verdict}. {best.headline}", ""]
         lines += [f"    {choice.describe()}" for choice in best.choices]
         lines += _block(_items(list(best.notes)))
     if not analysis.optima:
@@ -92,7 +93,7 @@ def _support(analysis: "Analysis") -> list[str]:
     lines = ["## What these data can and cannot support"]
     for family, support in analysis.support.items():
         seeds = f"{support.n_seeds} seed{'s' if support.n_seeds != 1 else ''}"
-        lines += ["", f"{_NAMES[family]}: {support.n_runs} runs, {seeds}, {support.n_repeated} designs repeated"]
+        lines += ["", f"{_NAMES[family]}: {count_runs(support.n_runs)}, {seeds}, {support.n_repeated} designs repeated"]
         lines += ["", *(f"    {describe_axis(axis)}" for axis in support.axes)]
         cannot = [*support.warnings]
         result = analysis.fits.get(family)

@@ -3,6 +3,7 @@
 import textwrap
 from collections import Counter
 
+from analysis.design import count_runs
 from analysis.result import Estimate, FitResult, ParameterStatus
 
 _WIDTH = 116
@@ -55,7 +56,7 @@ def _trust(result: FitResult) -> list[str]:
     spread = f"root mean square relative error {100 * result.rms:.3g}%"
     spread += f", R² {result.r2:.4f} (log loss)" if result.r2 is not None else ""
     lines = [
-        f"  fit          {result.n_runs} runs, {result.n_free} free constants; objective {result.objective:.6g}; {spread}",
+        f"  fit          {count_runs(result.n_runs)}, {result.n_free} free constants; objective {result.objective:.6g}; {spread}",
         f"  descent      {100 * result.share_best:.0f}% of {result.n_starts} starts reach the best objective (within 1e-6)",
         f"  condition    {result.condition:.2g} (centred and scaled)",
     ]

@@ -77,14 +77,14 @@ class CorpusTaskConfig:
         context_bytes: text before the cut.
         continuation_bytes: text of each answer.
         n_items: questions, at most.
-        n_pool: cuts that the wrong answers of one question are chosen from.
-        seed: of cuts, pools and the order of answers.
+        n_cuts: cuts, at most, that questions and wrong answers are chosen from.
+        seed: of documents, cuts and the order of answers.
     """
 
     context_bytes: int = 100
-    continuation_bytes: int = 26
-    n_items: int = 800
-    n_pool: int = 256
+    continuation_bytes: int = 20
+    n_items: int = 600
+    n_cuts: int = 20_000
     seed: int = 0
 
 
@@ -135,13 +135,12 @@ def jsonl_task(path: Path, limit: int | None = None) -> EvalTask:
 def corpus_task(corpus: Corpus, limit: int | None = None, config: CorpusTaskConfig = CorpusTaskConfig()) -> EvalTask:
     """Which of four continuations is the true next passage of a validation document?
 
-    Every validation document is cut where a word begins (a token that starts with white space), so that the
-    continuations of its cuts do not overlap; a cut has a context of the document before it and a continuation after it.
-    Items are drawn from the documents in turn, so that long documents do not dominate. The three wrong answers are
-    continuations of cuts of *other* documents: of a seeded pool of `n_pool`, those whose log-likelihood under the
-    training split's token frequencies is closest to the true one. So all four have the same number of tokens, begin
-    with a word, and are about equally plausible by themselves: a model that knows frequencies alone stays at chance,
-    and what decides is the context. Everything is cut at tokens, so the answers are encoded as in training.
+    Every validation document is cut where a word begins (a token that starts with white space), so that the continuations of its
+    cuts do not overlap; a cut has a context of the document before it and a continuation after it. Items are drawn from the
+    documents in turn, so that long documents do not dominate. The three wrong answers are continuations of cuts of *other*
+    documents: those whose log-likelihood under the training split's token frequencies is closest to the true one. So all four have
+    the same number of tokens, begin with a word, and are about equally plausible by themselves: a model that knows frequencies
+    alone stays at chance, and what decides is the context. Everything is cut at tokens, so the answers are encoded as in training.
 
     Raises:
         UserError: the validation split has too few long documents.
@@ -149,18 +148,18 @@ def corpus_task(corpus: Corpus, limit: int | None = None, config: CorpusTaskConf
     config, rng = config or CorpusTaskConfig(), np.random.default_rng((config or CorpusTaskConfig()).seed)
     bytes_per_token = corpus.train.n_bytes / corpus.train.n_tokens
     n_context, length = (max(2, round(n / bytes_per_token)) for n in (config.context_bytes, config.continuation_bytes))
-    cuts, documents = _cuts(corpus, n_context, length)
-    if len(np.unique(documents)) < 2 or len(cuts) < N_CHOICES:
+    cuts, documents = _cuts(corpus, n_context, length, rng.permutation(corpus.validation.n_documents), config.n_cuts)
+    of_documents = np.unique(documents, return_counts=True)[1]
+    if not len(cuts) or len(cuts) - of_documents.max() < N_CHOICES - 1:
         raise UserError(
-            f"task '{CORPUS_TASK}': fewer than two validation documents have {n_context + length} tokens; "
+            f"task '{CORPUS_TASK}': too few validation documents have {n_context + length} tokens; "
             "raise data.validation_share or give more and longer documents"
         )
     score = _unigram_scores(corpus, cuts, length)
     items = []
     for i in _in_turn(documents, rng)[: min(config.n_items, limit or config.n_items)].tolist():
-        others = np.flatnonzero(documents != documents[i])
-        pool = rng.choice(others, min(config.n_pool, len(others)), replace=False)
-        wrong = pool[np.argsort(np.abs(score[pool] - score[i]), kind="stable")[: N_CHOICES - 1]]
+        distance = np.where(documents == documents[i], np.inf, np.abs(score - score[i]))
+        wrong = np.argpartition(distance, N_CHOICES - 1)[: N_CHOICES - 1]
         order = rng.permutation(len(wrong) + 1)
         chosen = np.concatenate([[i], wrong])[order]
         items.append(_passages(corpus, int(cuts[i]), cuts[chosen], int(np.argmin(order)), (n_context, length)))
@@ -181,12 +180,14 @@ def _item(row: dict[str, Any], where: str) -> Item:
     return Item(query, tuple(choices), gold, tuple(len(choice.encode()) for choice in choices))
 
 
-def _cuts(corpus: Corpus, n_context: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Stream positions where a continuation of `length` tokens begins, and the document of each."""
+def _cuts(
+    corpus: Corpus, n_context: int, length: int, order: np.ndarray, at_most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Stream positions where a continuation of `length` tokens begins, and the document of each, documents in `order`."""
     split = corpus.validation
     starts_word = np.array([token[:1].isspace() for token in corpus.tokenizer.token_bytes()])
     cuts, documents = [], []
-    for d in range(split.n_documents):
+    for d in order.tolist():
         first, end = int(split.offsets[d]), int(split.offsets[d + 1])
         words = first + np.flatnonzero(starts_word[split.tokens[first:end]])
         free = first + 1 + n_context
@@ -195,6 +196,8 @@ def _cuts(corpus: Corpus, n_context: int, length: int) -> tuple[np.ndarray, np.n
                 cuts.append(position)
                 documents.append(d)
                 free = position + length
+        if len(cuts) >= at_most:
+            break
     return np.array(cuts, np.int64), np.array(documents, np.int64)
 
 
