@@ -30,6 +30,10 @@ _QUANTILE_RATE = 0.15
 
 # Above any vocabulary, so that (position, token) pairs have keys of their own.
 _POSITION_STRIDE = 1 << 24
+# Share of the newest batch in the running slope of the rate.
+_SLOPE_RATE = 0.05
+# Logits that the sampling offset moves at most in one step.
+_LARGEST_STEP = 0.5
 _MASK_64 = (1 << 64) - 1
 
 
@@ -108,6 +112,7 @@ class BoundaryDetector(nn.Module):
 
     offset_sample: Tensor
     offset_threshold: Tensor
+    rate_slope: Tensor
     delimiters_V4: Tensor
 
     def __init__(self, config: BoundaryConfig, d_token: int, vocab_size: int) -> None:
@@ -119,9 +124,22 @@ class BoundaryDetector(nn.Module):
             self.w_k = Linear(d_token, config.d_scan, side="token")
         self.register_buffer("offset_sample", torch.zeros(()))
         self.register_buffer("offset_threshold", torch.zeros(()))
+        self.register_buffer("rate_slope", torch.ones(()))
         if config.detector.startswith("delimiter"):
             # Rows: token ends one, starts one, holds one inside, always followed by a boundary. Filled from the tokenizer.
             self.register_buffer("delimiters_V4", torch.zeros(vocab_size, 4, dtype=torch.bool))
+
+    @property
+    def temperature(self) -> float:
+        """Of the sharpening; a constant score is not sharpened."""
+        return 1.0 if self.config.detector == "random" else self.config.temperature
+
+    @property
+    def samples(self) -> bool:
+        """Whether decisions in training are drawn rather than thresholded."""
+        return self.config.detector == "random" or (
+            self.config.detector == "learned" and self.config.decision == "sample"
+        )
 
     @property
     def is_controlled(self) -> bool:
@@ -144,13 +162,10 @@ class BoundaryDetector(nn.Module):
             return self._certain(self._after_delimiters(tokens_T, packing), first_T)
         score_T = self._score(h_TW, tokens_T, packing).masked_fill(first_T, math.inf)
         prob_T = score_T.sigmoid()
-        # One probability serves the draw and the straight-through path. It does not sharpen a constant.
-        temperature = 1.0 if detector == "random" else self.config.temperature
-        sharp_T = ((score_T + self.offset_sample) / temperature).sigmoid()
+        sharp_T = ((score_T + self.offset_sample) / self.temperature).sigmoid()
         if detector == "random" and draws_T is None:
             draws_T = self._draws_from_text(tokens_T, packing)
-        sampled = detector == "random" or (detector == "learned" and self.config.decision == "sample")
-        if sampled and draws_T is not None:
+        if self.samples and draws_T is not None:
             decision_T = draws_T.to(sharp_T.dtype) < sharp_T.detach()
         else:
             decision_T = score_T.detach() + self.offset_threshold >= 0
@@ -190,47 +205,74 @@ class BoundaryDetector(nn.Module):
 
     @torch.no_grad()
     def control(self, rate: float, scores_T: Tensor, *, first_step: bool = False) -> None:
-        """Move both offsets after a step towards a boundary rate of 1/R.
+        """Move the offsets after a step towards a boundary rate of 1/R.
 
-        The sampling offset is an integral controller, o -= gain (F - 1/R) R: the sampled rate has no standing error and the
-        temperature bounds its slope, so the loop is stable. A threshold has no such bound (all scores may be nearly equal),
-        so its offset follows the running 1/R quantile of the scores instead, which is stable for any scale. `calibrate` sets
-        it without lag or noise at the end of training.
+        The offset that decides in training is under integral control, o -= gain (F - 1/R) / (dF/do), with the slope known
+        from the scores: one loop for every detector, ratio and spread of scores. It leaves no standing error, and with a
+        gain of one the errors of successive batches cancel: the mean over n steps is off by what one batch is off, over n.
+        Where training samples, the threshold has no such feedback; it follows the running 1/R quantile of the scores, and
+        `calibrate` sets it without lag or noise at the end.
 
         Args:
             rate: F, the share of boundaries among the tokens of the global batch at this step.
             scores_T: scores of the global batch (`Boundaries.score_T`).
-            first_step: start the threshold (and the sampling offset) at the quantile instead of moving it there.
+            first_step: start both offsets at the quantile instead of moving them there.
         """
-        quantile = self._quantile(scores_T)
+        quantile = self._threshold(scores_T)
         if not self.is_controlled or quantile is None:
             return
-        if first_step:
+        slope = self._running_slope(scores_T, first_step)
+        if first_step and self.config.detector != "random":
             self.offset_threshold.copy_(-quantile)
-            if self.config.detector == "learned":
-                self.offset_sample.copy_(-quantile)
-                return
-        else:
+            self.offset_sample.copy_(-quantile)
+            return
+        step = self.config.control_gain * (rate - 1.0 / self.ratio) / slope
+        deciding = self.offset_sample if self.samples else self.offset_threshold
+        deciding -= step.clamp(-_LARGEST_STEP, _LARGEST_STEP)
+        if self.samples:
             self.offset_threshold.lerp_(-quantile, _QUANTILE_RATE)
-        self.offset_sample -= self.config.control_gain * (rate * self.ratio - 1.0)
 
     @torch.no_grad()
     def calibrate(self, scores_T: Tensor) -> None:
-        """Set the inference threshold to the 1/R quantile of these scores, of the text that R shall hold on."""
-        quantile = self._quantile(scores_T)
+        """Set what decides at inference so that a share 1/R of these scores, of the text R shall hold on, is a boundary."""
+        if self.config.detector == "random":
+            n_first = int(torch.isinf(scores_T).sum())
+            rest = (scores_T.numel() / self.ratio - n_first) / max(scores_T.numel() - n_first, 1)
+            if rest > 0:
+                self.offset_sample.fill_(math.log(rest / (1.0 - rest)) + math.log(self.ratio - 1.0))
+            return
+        quantile = self._threshold(scores_T)
         if quantile is not None:
             self.offset_threshold.copy_(-quantile)
 
-    def _quantile(self, scores_T: Tensor) -> Tensor | None:
-        """A threshold that a share 1/R of the scores reaches; None where first tokens alone are as many.
+    def _running_slope(self, scores_T: Tensor, first_step: bool) -> Tensor:
+        """dF/do of the rate in training, averaged over steps.
+
+        Averaged, because the slope of one batch rises with its rate: dividing by it would weigh low rates more than high
+        ones, and hold the harmonic mean of the rates instead of the mean.
+        """
+        if self.samples:
+            sharp_T = ((scores_T + self.offset_sample) / self.temperature).sigmoid()
+            slope = (sharp_T * (1.0 - sharp_T)).mean() / self.temperature
+        else:
+            above, below = self._threshold(scores_T, 0.75), self._threshold(scores_T, 1.25)
+            if above is None or below is None:
+                return self.rate_slope
+            slope = 0.5 / self.ratio / (above - below).clamp(min=1e-6)
+        self.rate_slope.lerp_(slope.to(self.rate_slope.dtype), 1.0 if first_step else _SLOPE_RATE)
+        # Where no score is near the threshold the slope says nothing: a bounded step in the right direction follows.
+        return self.rate_slope.clamp(min=1e-3)
+
+    def _threshold(self, scores_T: Tensor, factor: float = 1.0) -> Tensor | None:
+        """A threshold that a share `factor` / R of the scores reaches; None where first tokens alone are as many.
 
         It lies midway between two scores, so that rounding elsewhere does not flip the token that it was read from.
         """
-        n = round(scores_T.numel() / self.ratio)
+        n = round(factor * scores_T.numel() / self.ratio)
         if not 1 <= n < scores_T.numel():
             return None
-        quantile = scores_T.topk(n + 1).values[-2:].mean().to(self.offset_threshold.dtype)
-        return quantile if torch.isfinite(quantile) else None
+        threshold = scores_T.topk(n + 1).values[-2:].mean().to(self.offset_threshold.dtype)
+        return threshold if torch.isfinite(threshold) else None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

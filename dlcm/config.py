@@ -45,7 +45,7 @@ class BoundaryConfig(Frozen):
         description="`bias` adds an integral controller of the boundary rate; `none` leaves it to the ratio loss",
     )
     control_gain: float = Field(
-        default=0.1, gt=0.0, description="step of the controller, in logits per unit of relative rate error"
+        default=1.0, gt=0.0, lt=2.0, description="share of the rate error that the controller takes back each step"
     )
     ratio_loss_weight: float = Field(default=0.03, ge=0.0, description="lambda, weight of the ratio loss (eq 15)")
     straight_through: bool = Field(

@@ -135,34 +135,44 @@ def jsonl_task(path: Path, limit: int | None = None) -> EvalTask:
 def corpus_task(corpus: Corpus, limit: int | None = None, config: CorpusTaskConfig = CorpusTaskConfig()) -> EvalTask:
     """Which of four continuations is the true next passage of a validation document?
 
-    Every validation document is cut where a word begins (a token that starts with white space), so that the continuations of its
-    cuts do not overlap; a cut has a context of the document before it and a continuation after it. Items are drawn from the
-    documents in turn, so that long documents do not dominate. The three wrong answers are continuations of cuts of *other*
-    documents: those whose log-likelihood under the training split's token frequencies is closest to the true one. So all four have
-    the same number of tokens, begin with a word, and are about equally plausible by themselves: a model that knows frequencies
-    alone stays at chance, and what decides is the context. Everything is cut at tokens, so the answers are encoded as in training.
+    Every validation document is cut where a word begins (a token that starts with white space), so that the
+    continuations of its cuts do not overlap; a cut has a context of the document before it and a continuation after it.
+    Items are drawn from the documents in turn, so that long documents do not dominate. The three wrong answers are
+    continuations of cuts of *other* documents, none equal to the true one or to another. All such continuations are
+    ranked with the true one by their log-likelihood under the training split's token frequencies, and three neighbours
+    are taken, so that the true one is the first, second, third or last of the four with equal probability.
+
+    So the four have the same number of tokens, begin with a word, and are about equally plausible by themselves: a model
+    that knows frequencies alone stays at chance, and what decides is the context. Everything is cut at tokens, so the
+    answers are encoded as in training.
 
     Raises:
         UserError: the validation split has too few long documents.
     """
-    config, rng = config or CorpusTaskConfig(), np.random.default_rng((config or CorpusTaskConfig()).seed)
+    rng = np.random.default_rng(config.seed)
     bytes_per_token = corpus.train.n_bytes / corpus.train.n_tokens
     n_context, length = (max(2, round(n / bytes_per_token)) for n in (config.context_bytes, config.continuation_bytes))
     cuts, documents = _cuts(corpus, n_context, length, rng.permutation(corpus.validation.n_documents), config.n_cuts)
-    of_documents = np.unique(documents, return_counts=True)[1]
-    if not len(cuts) or len(cuts) - of_documents.max() < N_CHOICES - 1:
+    passages = corpus.validation.tokens[cuts[:, None] + np.arange(length)]
+    # Code repeats itself: of equal passages one stands for all, so that no wrong answer equals the right one.
+    _, rest, which = np.unique(passages, axis=0, return_index=True, return_inverse=True)
+    which, home = which.reshape(-1), documents[rest]
+    if not len(rest) or len(rest) - np.bincount(home).max() - 1 < N_CHOICES - 1:
         raise UserError(
             f"task '{CORPUS_TASK}': too few validation documents have {n_context + length} tokens; "
             "raise data.validation_share or give more and longer documents"
         )
-    score = _unigram_scores(corpus, cuts, length)
+    score = _unigram_scores(corpus, passages)
+    ranked = np.argsort(score[rest], kind="stable")
     items = []
     for i in _in_turn(documents, rng)[: min(config.n_items, limit or config.n_items)].tolist():
-        distance = np.where(documents == documents[i], np.inf, np.abs(score - score[i]))
-        wrong = np.argpartition(distance, N_CHOICES - 1)[: N_CHOICES - 1]
-        order = rng.permutation(len(wrong) + 1)
-        chosen = np.concatenate([[i], wrong])[order]
-        items.append(_passages(corpus, int(cuts[i]), cuts[chosen], int(np.argmin(order)), (n_context, length)))
+        others = rest[ranked[(home[ranked] != documents[i]) & (ranked != which[i])]]
+        place = np.searchsorted(score[others], score[i]) - rng.integers(N_CHOICES)
+        first = int(np.clip(place, 0, len(others) - N_CHOICES + 1))
+        wrong = others[first : first + N_CHOICES - 1]
+        order = rng.permutation(N_CHOICES)
+        chosen = cuts[np.concatenate([[i], wrong])[order]]
+        items.append(_passages(corpus, int(cuts[i]), chosen, int(np.argmin(order)), (n_context, length)))
     return EvalTask(CORPUS_TASK, tuple(items), "")
 
 
@@ -186,28 +196,30 @@ def _cuts(
     """Stream positions where a continuation of `length` tokens begins, and the document of each, documents in `order`."""
     split = corpus.validation
     starts_word = np.array([token[:1].isspace() for token in corpus.tokenizer.token_bytes()])
+    most_of_one = max(1, at_most // 10)  # one endless document may not keep the others out
     cuts, documents = [], []
     for d in order.tolist():
         first, end = int(split.offsets[d]), int(split.offsets[d + 1])
         words = first + np.flatnonzero(starts_word[split.tokens[first:end]])
-        free = first + 1 + n_context
+        free, here = first + 1 + n_context, []
         for position in words[words <= end - length].tolist():
             if position >= free:
-                cuts.append(position)
-                documents.append(d)
+                here.append(position)
                 free = position + length
+        here = here[:: max(1, len(here) // most_of_one)][:most_of_one]
+        cuts += here
+        documents += [d] * len(here)
         if len(cuts) >= at_most:
             break
     return np.array(cuts, np.int64), np.array(documents, np.int64)
 
 
-def _unigram_scores(corpus: Corpus, cuts: np.ndarray, length: int) -> np.ndarray:
-    """Log-likelihood of each continuation under add-one token frequencies of the training split, nats."""
+def _unigram_scores(corpus: Corpus, passages: np.ndarray) -> np.ndarray:
+    """Log-likelihood of each passage (a row) under add-one token frequencies of the training split, nats."""
     train, vocab_size = corpus.train, corpus.tokenizer.vocab_size
     sample = train.tokens[:: max(1, train.n_tokens // _UNIGRAM_TOKENS)]
     counts = np.bincount(sample, minlength=vocab_size) + 1.0
-    log_prob = np.log(counts / counts.sum())
-    return log_prob[corpus.validation.tokens[cuts[:, None] + np.arange(length)]].sum(1)
+    return np.log(counts / counts.sum())[passages].sum(1)
 
 
 def _in_turn(documents: np.ndarray, rng: np.random.Generator) -> np.ndarray:

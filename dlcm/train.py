@@ -174,7 +174,8 @@ class _Trainer:
     def run(self, on_step: Callable[[Progress], None] | None) -> Result:
         """Train from the last checkpoint, or from the start, to the end."""
         self._restore()
-        write_json(self.run_dir / "env.json", describe_environment(self.device_name, torch.get_num_threads()))
+        environment = describe_environment(self.device_name, torch.get_num_threads())
+        write_json(self.run_dir / "env.json", {"schema": SCHEMA_VERSION, **environment})
         clock = time.perf_counter()
         reason = None
         while self.step < self.config.n_steps and reason is None:

@@ -48,6 +48,7 @@ COLUMNS: Mapping[str, Column] = {
     "seq_len": Column("int64", "tokens", "length of one packed window"),
     "budget": Column("str", "", "the budget that set its length, in words; empty where train.tokens did"),
     "flops_train": Column("float64", "FLOPs", "training, causal-halved, at R realised in training"),
+    "flops_train_full": Column("float64", "FLOPs", "the same with every attention as a full square"),
     "flops_train_planned": Column("float64", "FLOPs", "the same at the R asked for and the planned tokens"),
     "flops_per_token_forward": Column(
         "float64", "FLOPs/token", "forward pass, causal-halved, at R realised at evaluation"
@@ -59,6 +60,7 @@ COLUMNS: Mapping[str, Column] = {
     "status": Column("str", "", "planned, queued, running, finished, failed, diverged, cancelled or lost"),
     "wall_s": Column("float64", "s", "time spent training, over all starts"),
     "device": Column("str", "", "what it was trained on"),
+    "commit": Column("str", "", "commit of the code that trained it, `+` and a hash where the checkout differed"),
 }
 
 # One group a task that was evaluated; `<task>` is the name of the file in eval/.
@@ -145,10 +147,17 @@ def _row(sweep: StoredSweep, run: StoredRun, state: RunState) -> dict[str, Any]:
     result = read_record(run.path / "result.json")
     if result is not None:
         _check(run, result)
-        row |= _measured(run, result)
+        row |= _measured(run, result) | {"commit": _code_version(run)}
         for path in sorted((run.path / "eval").glob("*.json")):
             row |= _task_columns(path)
     return row
+
+
+def _code_version(run: StoredRun) -> str | None:
+    """The code of the last start of a run; it is the code of all of them unless somebody changed it in between."""
+    environment = read_record(run.path / "env.json") or {}
+    commit, difference = environment.get("git_commit"), environment.get("git_dirty_hash")
+    return f"{commit}+{difference}" if commit and difference else commit
 
 
 def _measured(run: StoredRun, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,11 +170,13 @@ def _measured(run: StoredRun, result: Mapping[str, Any]) -> dict[str, Any]:
     dense = 1.0 if config.model.is_dense else None
     at_evaluation, in_training = dense or result["tokens_per_concept"], dense or result["tokens_per_concept_train"]
     training, evaluation = flops(in_training), flops(at_evaluation)
+    full = training.full_square if training else None
     copied = ("tokens", "epochs", "loss_nats", "bits_per_byte", "wall_s", "device")
     return {
         "tokens_per_concept": at_evaluation,
         "tokens_per_concept_train": in_training,
         "flops_train": training.training_per_token * result["tokens"] if training else None,
+        "flops_train_full": full.training_per_token * result["tokens"] if full else None,
         "flops_per_token_forward": evaluation.forward_per_token if evaluation else None,
         **{key: result[key] for key in copied},
     }

@@ -37,6 +37,7 @@ STATUSES: tuple[Status, ...] = ("planned", "queued", "running", "finished", "fai
 
 _RECORD_KEYS = {
     "status.json": ("state", "phase", "pid", "host", "submission", "deaths", "step", "tokens_per_s", "loss_nats", "time"),
+    "env.json": ("git_commit", "git_dirty_hash"),
     "failure.json": ("stage", "message", "traceback", "submission"),
     "result.json": (
         "status", "step", "tokens", "loss_nats", "bits_per_byte", "tokens_per_concept", "tokens_per_concept_train",
@@ -318,7 +319,7 @@ def _read_plan(sweep_dir: Path) -> pd.DataFrame:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """`status.json`, `result.json` or `failure.json` of a run; None where the file is not there.
+    """`status.json`, `result.json`, `failure.json` or `env.json` of a run; None where the file is not there.
 
     Raises:
         UserError: not readable, of another version, or without a key that its readers need.

@@ -121,3 +121,13 @@ def test_files_of_a_run_that_contradict_each_other_are_refused(folder):
     write_json(third.path / "result.json", {"schema": 1, "status": "finished", "step": 1})
     with pytest.raises(UserError, match="no key"):
         collect(folder)
+
+
+def test_a_row_names_the_code_that_trained_it_and_counts_full_squares_beside(folder):
+    run = load_sweep(folder).runs[0]
+    finish(run)
+    write_json(run.path / "env.json", {"schema": 1, "git_commit": "abc", "git_dirty_hash": "d1"})
+    row = collect(folder).iloc[0]
+    assert row["commit"] == "abc+d1"
+    full = count(run.config.model, run.config.data.seq_len, 4.1).full_square
+    assert row["flops_train_full"] == full.training_per_token * run.config.tokens > row["flops_train"]
