@@ -107,7 +107,9 @@ class ModelConfig(Frozen):
         default_factory=lambda data: data.get("d_concept", 0), ge=0, description="concept width of the same proxy (muP)"
     )
     init_gain: float = Field(
-        default=1.0, gt=0.0, description="initial standard deviation of a matrix times the square root of its fan-in width"
+        default=1.0,
+        gt=0.0,
+        description="initial standard deviation of a matrix times the square root of its fan-in width",
     )
 
     @pydantic.model_validator(mode="after")

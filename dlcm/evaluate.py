@@ -35,8 +35,9 @@ class TaskResult:
     Attributes:
         task: its name.
         n: items.
-        acc: share of items whose right answer has the largest log-likelihood.
-        acc_norm: the same with log-likelihood per byte of the answer.
+        acc: share of items whose right answer has the largest log-likelihood given the query; in the task `corpus` the
+            largest gain over its log-likelihood without it (`dlcm.tasks.corpus_task` says why).
+        acc_norm: share of items whose right answer has the largest log-likelihood per byte.
         bits_per_byte: mean over items of -log2 p(right answer | query) / bytes of the right answer, delimiter not counted.
         chance: expected accuracy of guessing.
         task_hash: of items and scoring; equal hashes are the same test.
@@ -146,17 +147,18 @@ def _evaluate_task(
 ) -> TaskResult:
     from lm_eval.evaluator import evaluate as run_harness
 
-    from dlcm.harness import METRICS, HarnessTask
+    from dlcm.harness import HarnessTask
 
     lm.on_progress = (lambda done, total: progress(task.name, done, total)) if progress else (lambda *_: None)
-    task_dict: Any = {task.name: HarnessTask(task)}
+    harness_task = HarnessTask(task)
+    task_dict: Any = {task.name: harness_task}
     # With bootstrap_iters = 0 lm-eval would leave out the closed-form errors as well.
     answer = cast("dict[str, Any]", run_harness(lm, task_dict, bootstrap_iters=1, log_samples=False))
     scores: dict[str, Any] = answer["results"][task.name]
     fields: dict[str, Any] = {}
-    for metric in METRICS:
-        fields[metric] = _finite(scores[f"{metric},none"])
-        fields[f"{metric}_stderr"] = _finite(scores[f"{metric}_stderr,none"])
+    for name, metric in harness_task.metrics.items():
+        fields[name] = _finite(scores[f"{metric},none"])
+        fields[f"{name}_stderr"] = _finite(scores[f"{metric}_stderr,none"])
     versions = {name: _version(name) for name in _PACKAGES}
     return TaskResult(
         task=task.name,

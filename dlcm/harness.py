@@ -21,7 +21,6 @@ from dlcm.errors import UserError
 from dlcm.tasks import SCORING_VERSION, EvalTask
 from dlcm.tokens import Tokenizer
 
-METRICS = ("acc", "acc_norm", "bits_per_byte")
 _BATCH_TOKENS = 4_096
 _MAX_NEW_TOKENS = 64
 
@@ -200,7 +199,14 @@ class HarnessTask(ConfigurableTask):
     def __init__(self, task: EvalTask) -> None:
         """Wrap a task."""
         self._rows = [asdict(item) for item in task.items]
-        metrics = [{"metric": m, "aggregation": "mean", "higher_is_better": m != "bits_per_byte"} for m in METRICS]
+        # Name in a result -> name in lm-eval.
+        self.metrics = {name: name for name in ("acc", "acc_norm", "bits_per_byte")}
+        if task.against_prior:
+            self.metrics["acc"] = "acc_mutual_info"
+        metrics = [
+            {"metric": theirs, "aggregation": "mean", "higher_is_better": name != "bits_per_byte"}
+            for name, theirs in self.metrics.items()
+        ]
         config = {
             "task": task.name,
             "output_type": "multiple_choice",
@@ -229,16 +235,19 @@ class HarnessTask(ConfigurableTask):
         requests = super().construct_requests(doc, ctx, **kwargs)
         assert isinstance(requests, list)
         if doc["query_ids"] is not None:
-            for request, ids in zip(requests, doc["choice_ids"]):
-                request.arguments = (*request.arguments, doc["query_ids"], ids)
+            # Where the prior is asked for, a second round of requests follows, without the query.
+            queries = [doc["query_ids"]] * len(doc["choices"]) + [[]] * len(doc["choices"])
+            for request, query, ids in zip(requests, queries, doc["choice_ids"] * 2):
+                request.arguments = (*request.arguments, query, ids)
         return requests
 
     def process_results(self, doc: dict, results: list[tuple[float, bool]]) -> dict[str, float]:
         """Scores of one item: acc as lm-eval has it; acc_norm by bytes in every version of lm-eval; bits per byte."""
-        values, n_bytes, gold = [value for value, _ in results], doc["choice_bytes"], doc["gold"]
-        per_byte = [value / max(n, 1) for value, n in zip(values, n_bytes)]
+        n_bytes, gold = doc["choice_bytes"], doc["gold"]
+        per_byte = [value / max(n, 1) for (value, _), n in zip(results, n_bytes)]
+        acc = self.metrics["acc"]
         return {
-            "acc": super().process_results(doc, results)["acc"],
-            "acc_norm": float(max(range(len(values)), key=per_byte.__getitem__) == gold),
+            acc: super().process_results(doc, results)[acc],
+            "acc_norm": float(max(range(len(per_byte)), key=per_byte.__getitem__) == gold),
             "bits_per_byte": -per_byte[gold] / math.log(2),
         }

@@ -1,7 +1,10 @@
 import os
+import sys
 from pathlib import Path
 
 import pytest
+
+from dlcm.cli import main
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,3 +23,17 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no shared data in {path}; set DLCM_SHARED_DATA")
     return path
+
+
+@pytest.fixture
+def dlcm(monkeypatch, capsys):
+    """Run the command line in this process; returns (status, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dlcm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capsys.readouterr()
+        return int(end.value.code or 0), out, err
+
+    return run

@@ -105,7 +105,8 @@ def test_draws_are_uniform_and_keyed_by_seed_step_and_position():
 
 
 @pytest.mark.parametrize(
-    ("detector", "decision"), [("learned", "sample"), ("learned", "threshold"), ("cosine", "sample"), ("random", "sample")]
+    ("detector", "decision"),
+    [("learned", "sample"), ("learned", "threshold"), ("cosine", "sample"), ("random", "sample")],
 )
 @pytest.mark.parametrize("ratio", [2.0, 4.0, 8.0])
 def test_the_controller_holds_the_rate_in_training_and_at_inference_while_the_scores_drift(detector, decision, ratio):

@@ -193,6 +193,21 @@ def test_accuracies_and_bits_per_byte_are_those_computed_by_hand(scored):
         )
 
 
+def test_the_corpus_task_is_scored_by_the_gain_over_the_prior(tmp_path):
+    corpus = open_corpus(DataConfig(corpus=str(write_texts(tmp_path)), tokenizer="bpe-400", validation_share=0.3))
+    task, model = corpus_task(corpus, limit=40), Recurrent(corpus.tokenizer.vocab_size)
+    answer = run_harness(HarnessModel(model, corpus.tokenizer, 256), {"corpus": HarnessTask(task)}, bootstrap_iters=1)
+    acc, acc_norm = [], []
+    for item in task.items:
+        given = np.array([by_hand(model, corpus.tokenizer, item.query_ids, ids)[0] for ids in item.choice_ids])
+        alone = np.array([by_hand(model, corpus.tokenizer, (), ids)[0] for ids in item.choice_ids])
+        acc.append(float(np.argmax(given - alone) == item.gold))
+        acc_norm.append(float(np.argmax(given / item.choice_bytes) == item.gold))
+    scores = answer["results"]["corpus"]
+    assert scores["acc_mutual_info,none"] == pytest.approx(np.mean(acc))
+    assert scores["acc_norm,none"] == pytest.approx(np.mean(acc_norm))
+
+
 def test_the_prompt_reaches_the_model_as_it_stands_in_the_row(scored):
     samples = scored[1]["samples"]["mine"]
     assert [sample["arguments"][0][0] for sample in samples] == [item.query for item in ITEMS]
@@ -207,7 +222,7 @@ def test_a_model_that_knows_the_text_answers_the_corpus_task_and_one_that_knows_
     def accuracy(model):
         lm = HarnessModel(model, corpus.tokenizer, 256)
         answer = run_harness(lm, {task.name: HarnessTask(task)}, bootstrap_iters=1, log_samples=False)
-        return answer["results"]["corpus"]["acc,none"]
+        return answer["results"]["corpus"]["acc_mutual_info,none"]
 
     assert accuracy(Lookup(vocab_size, stream, order=16)) > 0.95
     assert abs(accuracy(Recurrent(vocab_size)) - 0.25) < 0.13

@@ -2,12 +2,9 @@
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import pytest
-
-from dlcm.cli import main
 
 SWEEP = """
 base: {size: 0.4M, concept_share: 0.5}
@@ -15,20 +12,6 @@ axes: {grid: {compression_ratio: [2, 4]}}
 budgets: {tokens: [100k]}
 baseline: {match: parameters}
 """
-
-
-@pytest.fixture
-def dlcm(monkeypatch, capsys):
-    """Run the command line in this process; returns (status, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dlcm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capsys.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from dlcm.cli import main
 from sweeps.store import load_sweep, save_sweep
 from tests.sweeps.tiny import FakeTrain, beat, fail, finish, make_plan, sweep_dict
 
@@ -17,20 +16,6 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DLCM_CACHE", str(tmp_path / "cache"))
     return tmp_path
-
-
-@pytest.fixture
-def dlcm(monkeypatch, capsys):
-    """Run the command line; gives the exit code, stdout and stderr."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["dlcm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        told = capsys.readouterr()
-        return ended.value.code or 0, told.out, told.err
-
-    return call
 
 
 @pytest.fixture

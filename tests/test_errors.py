@@ -1,0 +1,120 @@
+"""Every error that a user can make and mend: one line that names the place and the way out, exit 2, nothing half-written."""
+
+import json
+
+import pandas as pd
+import pytest
+import yaml
+
+SWEEP = {
+    "name": "small",
+    "base": {"data": {"tokenizer": "bytes", "seq_len": 32}, "train": {"batch_tokens": 64}},
+    "axes": {"grid": {"size": [300_000], "compression_ratio": [2.0], "concept_share": [0.5]}},
+    "budgets": {"tokens": [640]},
+    "cluster": {"concurrency": 1, "threads": 1},
+}
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DLCM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("".join(f"line {i} of a small text\n" for i in range(4000)))
+    return tmp_path
+
+
+def write_sweep(place, **changes):
+    spec = json.loads(json.dumps(SWEEP))
+    spec["base"]["data"]["corpus"] = "text.txt"
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        node = spec
+        for key in parents:
+            node = node.setdefault(key, {})
+        if value is None:
+            del node[last]
+        else:
+            node[last] = value
+    path = place / "small.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    return path
+
+
+def assert_one_line(answer, *words):
+    status, out, err = answer
+    assert status == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize("verb", ["plan", "submit"])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"base__optim": {"lr_tokn": 1e-3}}, ("small.yaml", "lr_tokn", "did you mean 'optim.lr_token'?")),
+        ({"axes__grid__compresion_ratio": [2]}, ("small.yaml", "did you mean 'compression_ratio'?")),
+        ({"axes__grid__size": [3_000]}, ("small.yaml", "shape")),
+        ({"axes__grid__compression_ratio": [1.0]}, ("small.yaml", "compression_ratio", "above 1")),
+        ({"budgets": {"tokens": [63]}}, ("small.yaml", "less than one step", "raise the budget")),
+        ({"base__data__corpus": "txet.txt"}, ("small.yaml", "txet.txt")),
+    ],
+    ids=["misspelt key", "misspelt axis", "impossible shape", "R of one", "budget below a step", "missing corpus"],
+)
+def test_a_fault_in_the_sweep_file_is_named_and_nothing_is_written(dlcm, place, verb, changes, words):
+    path = write_sweep(place, **changes)
+    options = ["--cluster", "debug"] if verb == "submit" else []
+    assert_one_line(dlcm("sweep", verb, path, *options), *words)
+    assert not (place / "runs").exists()
+
+
+def test_an_unreadable_corpus_is_named(dlcm, place):
+    (place / "binary.jsonl").write_bytes(b"\xff\xfe{")
+    config = {"model": _dense(), "data": {"corpus": "binary.jsonl", "tokenizer": "bytes"}, "train": {"tokens": 2048}}
+    (place / "run.yaml").write_text(yaml.safe_dump(config))
+    assert_one_line(dlcm("train", place / "run.yaml", place / "run"), "binary.jsonl")
+    assert not list((place / "cache").rglob("meta.json"))
+
+
+def _dense() -> dict:
+    shape = {"d_token": 16, "n_encoder_layers": 1, "d_head": 8, "n_heads_token": 2, "d_ff_token": 16}
+    return {"kind": "dense", "vocab_size": 300, **shape}
+
+
+def test_a_tokenizer_that_does_not_match_the_shards_is_named_with_the_folder(dlcm, place):
+    config = {
+        "model": _dense(),
+        "data": {"corpus": str(place / "text.txt"), "tokenizer": "bpe-300", "seq_len": 32},
+        "train": {"tokens": 64, "batch_tokens": 64},
+    }
+    (place / "run.yaml").write_text(yaml.safe_dump(config))
+    status, _, err = dlcm("train", place / "run.yaml", place / "run")
+    assert status == 0, err
+    (tokenizer,) = (place / "cache").rglob("tokenizer.json")
+    content = json.loads(tokenizer.read_text())
+    content["added_tokens"][0]["content"] = "<another>"
+    tokenizer.write_text(json.dumps(content))
+    assert_one_line(dlcm("train", place / "run.yaml", place / "run2"), str(tokenizer.parent), "tokenizer")
+    assert not (place / "run2" / "result.json").exists()
+
+
+def test_a_torn_metrics_line_is_named_by_number_and_no_table_is_written(dlcm, place):
+    path = write_sweep(place)
+    assert dlcm("sweep", "submit", path, "--cluster", "debug")[0] == 0
+    (metrics,) = (place / "runs" / "small").rglob("metrics.jsonl")
+    with metrics.open("ab") as file:
+        file.write(b'{"step": 11, "lo')
+    n_lines = metrics.read_bytes().count(b"\n") + 1
+    assert_one_line(
+        dlcm("sweep", "collect", place / "runs" / "small"), f"{metrics.relative_to(place)}:{n_lines}", "torn"
+    )
+    assert not (place / "runs" / "small" / "results.parquet").exists()
+
+
+@pytest.mark.parametrize("verb", ["fit", "optimum", "export", "report"])
+def test_a_results_table_without_a_needed_column_is_named_with_the_nearest(dlcm, place, verb):
+    pd.DataFrame({"run_id": ["a"], "model": ["dlcm"], "los_nats": [3.0]}).to_parquet(place / "results.parquet")
+    assert_one_line(dlcm("analyze", verb, place / "results.parquet"), "results.parquet", "no column")
+    assert [p.name for p in place.iterdir() if p.name not in ("text.txt", "cache")] == ["results.parquet"]
