@@ -2,8 +2,6 @@
 
 Every law here is a sum  L = E + sum_k A_k * prod_f (v_f + t_f) ** (+-e_f)  over variables v such as N(1 - P), so one
 gradient serves all, and a nested reduction (an offset held at 0, two exponents tied) is again such a law.
-
-    N parameters   D training tokens   C training FLOPs   R tokens per concept   P backbone share of N
 """
 
 import dataclasses
@@ -393,11 +391,7 @@ ALL: Mapping[str, Law] = {law.name: law for law in (CHINCHILLA, COMPRESSION_AWAR
 
 
 def get(name: str) -> Law:
-    """A law by name.
-
-    Raises:
-        UserError: unknown, with the nearest name.
-    """
+    """A law by name; a UserError names the nearest one where there is none."""
     if name not in ALL:
         raise UserError(f"unknown law {name!r}{nearest(name, ALL)}")
     return ALL[name]

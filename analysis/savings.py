@@ -51,7 +51,7 @@ def savings(best: Optimum, dense: FitResult, cost: Cost, *, sizes: tuple[float, 
         best: the DLCM's optimum.
         dense: the fit of the dense baseline.
         cost: training FLOPs of either, `cost(N, D, R, P)`; the dense model is R = 1, P = 0.
-        sizes: dense model sizes that may be chosen; the data's range, a factor of 3 wider on either side, by default.
+        sizes: dense model sizes that may be chosen; those between the dense runs by default: no size is extrapolated.
 
     Raises:
         UserError: the two fits are under different conventions, or `dense` is no fit of the dense baseline.
@@ -89,10 +89,11 @@ def _judge(
         )
     interval = "no interval" if low is None or high is None else f"95% {100 * low:+.0f}% to {100 * high:+.0f}%"
     needs = f"{needed:.3g} FLOPs for the loss that the DLCM reaches with {best.budget:.3g} "
-    winner = "the dense model wins at this scale: it" if share < 0 else "the dense model"
+    undecided = low is not None and high is not None and low < 0 < high
+    winner = "the dense model wins at this scale: it" if share < 0 and not undecided else "the dense model"
     fact = f"{winner} needs {needs}"
     fact += f"(saved by the DLCM: {100 * share:+.0f}%, {interval})"
-    if low is not None and high is not None and low < 0 < high:
+    if undecided:
         return "not identified", f"which family is cheaper is not identified: {fact}{rest}"
     return "ok", fact + rest
 
@@ -101,7 +102,7 @@ class DenseFrontier:
     """Least predicted loss of the dense model against its training FLOPs, three decades to either side of a budget."""
 
     def __init__(self, dense: FitResult, cost: Cost, budget: float, sizes: tuple[float, float] | None = None):
-        low, high = sizes or (dense.ranges["N"][0] / 3, dense.ranges["N"][1] * 3)
+        low, high = sizes or dense.ranges["N"]
         self.law = dense.law
         self.budgets = budget * 10 ** np.linspace(-_DECADES, _DECADES, _POINTS)
         n = np.geomspace(low, high, _SIZES)

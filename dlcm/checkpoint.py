@@ -12,6 +12,7 @@ from dlcm.record import read_json, write_atomic
 
 if TYPE_CHECKING:
     from dlcm.model import Model
+    from dlcm.shards import Corpus
 
 # A checkpoint that turns out unreadable (a disk that filled, a lost block) costs one interval, not the run.
 N_KEPT = 2
@@ -74,6 +75,28 @@ def load_config(run_dir: Path) -> RunConfig:
     return parse(RunConfig, record.get("config"), f"{path}: config")
 
 
+def corpus_record(corpus: "Corpus") -> dict[str, str]:
+    """What `env.json` says of the text: fingerprints of content and tokenizer."""
+    return {"fingerprint": corpus.fingerprint, "tokenizer": corpus.tokenizer.fingerprint}
+
+
+def check_corpus(run_dir: Path, corpus: "Corpus") -> None:
+    """Refuse to go on with, or to evaluate, a run on other text or another tokenizer than it was trained on.
+
+    Raises:
+        UserError: the fingerprints in `env.json` are not those of `corpus`.
+    """
+    path = run_dir / "env.json"
+    recorded = read_json(path).get("corpus") if path.exists() else None
+    differing = [key for key, value in corpus_record(corpus).items() if recorded and recorded.get(key) != value]
+    if differing:
+        what = "tokenizer" if "tokenizer" in differing else "text"
+        raise UserError(
+            f"{path}: the {what} of data.corpus is not the one this run was trained with (it changed since, or this is "
+            "another Python version); restore it, or train anew in another directory"
+        )
+
+
 def load_trained(run_dir: Path) -> tuple["Model", RunConfig]:
     """The model of a run with the weights of its newest checkpoint, in evaluation mode.
 
@@ -87,5 +110,10 @@ def load_trained(run_dir: Path) -> tuple["Model", RunConfig]:
     if state is None:
         raise UserError(f"{run_dir}: no checkpoint yet; train the run first")
     model = Model(config.model)
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise UserError(
+            f"{run_dir}: its weights do not fit this version of the model ({error}); use the commit in env.json"
+        ) from None
     return model.eval(), config

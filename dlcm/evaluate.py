@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from dlcm.checkpoint import checkpoint_paths, load_config, load_trained
+from dlcm.checkpoint import check_corpus, checkpoint_paths, load_config, load_trained
 from dlcm.errors import UserError
 from dlcm.record import read_json, write_json
 from dlcm.shards import Corpus, open_corpus
@@ -89,6 +89,7 @@ def evaluate(
     check_tasks(tasks)
     config = load_config(run_dir)
     corpus = open_corpus(config.data)
+    check_corpus(run_dir, corpus)
     loaded = [_load_task(task, corpus, limit) for task in tasks]
     checkpoint = next((path.name for path in checkpoint_paths(run_dir)), "")
     results: list[TaskResult] = []

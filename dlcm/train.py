@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dlcm.boundary import delimiter_table, ratio_loss, uniform_draws
-from dlcm.checkpoint import load_checkpoint, save_checkpoint
+from dlcm.checkpoint import check_corpus, corpus_record, load_checkpoint, save_checkpoint
 from dlcm.config import SCHEMA_VERSION, RunConfig
 from dlcm.errors import UserError
 from dlcm.model import Model, build_model, next_token_loss
@@ -173,9 +173,12 @@ class _Trainer:
 
     def run(self, on_step: Callable[[Progress], None] | None) -> Result:
         """Train from the last checkpoint, or from the start, to the end."""
+        check_corpus(self.run_dir, self.corpus)
         self._restore()
         environment = describe_environment(self.device_name, torch.get_num_threads())
-        write_json(self.run_dir / "env.json", {"schema": SCHEMA_VERSION, **environment})
+        write_json(
+            self.run_dir / "env.json", {"schema": SCHEMA_VERSION, **environment, "corpus": corpus_record(self.corpus)}
+        )
         clock = time.perf_counter()
         reason = None
         while self.step < self.config.n_steps and reason is None:

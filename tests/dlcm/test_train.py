@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -207,6 +208,17 @@ def test_a_directory_of_another_run_is_refused(corpus_path, tmp_path):
         train(make_config(corpus_path), tmp_path, on_step=kill_at(2))
     with pytest.raises(UserError, match="belongs to another run"):
         train(make_config(corpus_path, tokens=512), tmp_path)
+
+
+def test_a_run_is_not_continued_on_other_text(corpus_path, tmp_path):
+    folder = tmp_path / "text"
+    shutil.copytree(corpus_path, folder)
+    config = make_config(folder)
+    with pytest.raises(Killed):
+        train(config, tmp_path / "run", on_step=kill_at(5))
+    (folder / "00.txt").write_text("another text altogether " * 50)
+    with pytest.raises(UserError, match="the text of data.corpus is not the one this run was trained with"):
+        train(config, tmp_path / "run")
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(corpus_path):
