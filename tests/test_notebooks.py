@@ -13,6 +13,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_defines_nothing(path):
     code = "\n".join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
+    code = "\n".join(line for line in code.splitlines() if not line.startswith("%"))
     defined = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
     assert [node for node in ast.walk(ast.parse(code)) if isinstance(node, defined)] == []
 
@@ -23,5 +24,4 @@ def test_a_notebook_runs_on_the_shipped_results(path):
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
     shown = [c for c in notebook.cells if c.cell_type == "code" and c.outputs]
-    assert shown
-    assert not any(o.output_type == "error" for c in shown for o in c.outputs)
+    assert sum("image/png" in o.get("data", {}) for c in shown for o in c.outputs) == 4
