@@ -63,11 +63,10 @@ class Packing:
         for i, length in enumerate(lengths):
             if length:
                 groups.setdefault((length - 1).bit_length(), []).append(i)
-        if len(groups) <= 1 and len(set(lengths)) <= 1:
-            return tuple(Bucket(torch.tensor(group), max(lengths), True) for group in groups.values())
         device = self.lengths_S.device
+        regular = len(set(lengths)) == 1
         return tuple(
-            Bucket(torch.tensor(group, device=device), max(lengths[i] for i in group), False)
+            Bucket(torch.tensor(group, device=device), max(lengths[i] for i in group), regular)
             for _, group in sorted(groups.items())
         )
 

@@ -4,7 +4,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -21,6 +21,8 @@ _PLAIN_EVERY_S = 30.0
 STALL_S = 3600.0
 _COLOURS = {"running": "cyan", "finished": "green", "failed": "red", "diverged": "magenta", "lost": "red"}
 _MAX_ROWS = 30
+# A pace is told from this share of the FLOPs on; before, it would be the start-up that is measured.
+_PACE_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -52,18 +54,25 @@ class Snapshot:
     sweep: StoredSweep
     states: tuple[RunState, ...]
     jobs: dict[str, JobState]
+    pace: float | None = None  # share of the FLOPs a second since the watching began
 
     @property
     def overview(self) -> Overview:
-        """Counts, share of the planned FLOPs that is done, and the time that is left at the present rate."""
+        """Counts, share of the planned FLOPs that is done, and the time that is left.
+
+        The time is told from the pace since the watching began, which has evaluation and start-up in it; a single look has
+        only the present speed of the running runs to go by.
+        """
         pairs = [(run, state) for run, state in zip(self.sweep.runs, self.states) if run.in_plan]
         total = sum(run.flops_planned for run, _ in pairs)
         done = sum(run.flops_planned * state.share_done for run, state in pairs)
         running = [(run, state) for run, state in pairs if state.status == "running" and state.tokens_per_s]
         rate = sum(run.flops_planned / run.config.tokens * (state.tokens_per_s or 0) for run, state in running)
         open_ = [(run, s) for run, s in pairs if s.status in ("planned", "queued", "running", "lost")]
-        left = None
-        if rate > 0:
+        share_done, left = done / total if total else 1.0, None
+        if self.pace and open_:
+            left = (1 - share_done) / self.pace
+        elif rate > 0:
             at_least = max((state.seconds_left or 0.0 for _, state in running), default=0.0)
             left = max(sum(run.flops_planned * (1 - s.share_done) for run, s in open_) / rate, at_least)
         lives = Counter(job.state for job in self.jobs.values())
@@ -71,7 +80,7 @@ class Snapshot:
             n_runs=len(pairs),
             counts=dict(Counter(state.status for _, state in pairs)),
             n_complete=sum(state.is_complete for _, state in pairs),
-            share_done=done / total if total else 1.0,
+            share_done=share_done,
             seconds_left=left,
             n_workers=lives["running"],
             n_waiting_workers=lives["pending"] + lives["unknown"],
@@ -109,6 +118,7 @@ def take_snapshot(sweep_dir: Path, jobs: dict[str, JobState] | None = None) -> S
 def snapshots(sweep_dir: Path, *, poll_s: float = _POLL_S, stall_s: float = STALL_S) -> Iterator[Snapshot]:
     """Snapshots until the sweep is over or nothing has moved for `stall_s`. SLURM is asked every ten seconds only."""
     asked, jobs, moved, seen = 0.0, None, time.monotonic(), None
+    began, share_then = time.monotonic(), None
     while True:
         slurm = jobs is not None and any(job.cluster == "slurm" for job in jobs.values())
         if jobs is None or time.monotonic() - asked > (_SQUEUE_EVERY_S if slurm else 0.0):
@@ -117,6 +127,10 @@ def snapshots(sweep_dir: Path, *, poll_s: float = _POLL_S, stall_s: float = STAL
         if snapshot.is_over and asked < moved:
             jobs = None  # the jobs' word is older than the runs': ask once more before ending
             continue
+        share = snapshot.overview.share_done
+        share_then = share if share_then is None else share_then
+        if share - share_then > _PACE_SHARE:
+            snapshot = replace(snapshot, pace=(share - share_then) / (time.monotonic() - began))
         yield snapshot
         now = [(state.status, state.step, state.phase) for state in snapshot.states]
         if now != seen:

@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 
 import pytest
 
@@ -84,3 +85,9 @@ def test_runs_that_failed_alike_are_told_in_one_line(folder):
 @pytest.mark.parametrize(("seconds", "text"), [(9.6, "10s"), (75, "1m15s"), (7260, "2h01m")])
 def test_durations_read_as_people_say_them(seconds, text):
     assert format_duration(seconds) == text
+
+
+def test_the_time_left_follows_the_pace_since_the_watching_began(folder):
+    beat(load_sweep(folder).runs[0], step=3)
+    snapshot = replace(take_snapshot(folder, {}), pace=0.01)
+    assert snapshot.overview.seconds_left == pytest.approx((1 - snapshot.overview.share_done) / 0.01)
