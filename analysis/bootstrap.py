@@ -1,4 +1,4 @@
-"""Intervals by drawing runs with replacement. A run is drawn whole: its checkpoints are not independent (FITTING, 12, 13)."""
+"""Intervals by drawing runs with replacement. A run is drawn whole: its checkpoints are not independent."""
 
 from collections.abc import Callable, Sequence
 

@@ -36,7 +36,7 @@ _R_TEXT = {
 
 @dataclasses.dataclass(frozen=True)
 class Convention:
-    """What N, C and R mean in a data set. Fits under different conventions are never compared (FITTING, pitfall 9)."""
+    """What N, C and R mean in a data set. Fits under different conventions are never compared."""
 
     n: str = "non_embedding"
     c: str = "causal"

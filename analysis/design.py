@@ -152,7 +152,7 @@ class Support:
 
 
 def describe_support(data: ResultsData, family: str) -> Support:
-    """Count levels, spans, seeds and collinearity, and warn as FITTING (pitfalls 9, 13, 17) asks."""
+    """Count levels, spans, seeds and collinearity, and warn; each warning names what it makes unreliable."""
     names = ("N", "D", "C", "R", "P") if family == "dlcm" else ("N", "D", "C")
     axes = []
     for name in names:

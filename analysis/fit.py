@@ -1,4 +1,4 @@
-"""fit(law, data) -> FitResult: starts, descent, the checks of FITTING, intervals, and which constants the data give."""
+"""fit(law, data) -> FitResult: starts, descent, the checks of convergence, intervals, and which constants the data give."""
 
 import dataclasses
 from collections.abc import Callable
