@@ -2,7 +2,7 @@
 
 Centred means: every variable is divided by its geometric mean and the loss by its own, and amplitudes are fitted as
 logarithms of what their term contributes at the centre. That takes the condition number of a Chinchilla fit from 4e6 to
-about 1e3 (FITTING, pitfall 11).
+about 1e3.
 """
 
 import dataclasses
@@ -173,7 +173,7 @@ class Problem:
         """Sum of penalties over delta² and its gradient.
 
         Without the division the gradient of a mean log-Huber is so small that L-BFGS stops at its first steps and
-        reports success (FITTING, pitfall 1).
+        reports success.
         """
         residuals, jacobian = self.residuals_and_jacobian(theta)
         slope = np.clip(residuals, -self.delta, self.delta) if self.loss == "log_huber" else 2.0 * residuals
