@@ -31,6 +31,7 @@ def test_truncating_the_suffix_leaves_earlier_logits_unchanged(detector, pooling
         assert (prefix.logits - full.logits[:cut]).abs().max() < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_editing_the_suffix_leaves_earlier_logits_and_boundaries_unchanged(detector, pooling):

@@ -59,6 +59,7 @@ def test_initial_variance_falls_with_the_fan_in_width():
     assert wide.embedding.weight.std().item() == pytest.approx(16**-0.5, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["token", "concept", "both"])
 def test_coordinates_keep_their_scale_over_eight_times_the_width(which):
     """Coordinate check: mean |activation| of every block after 10 steps moves by at most 2x over 8x the width."""

@@ -227,6 +227,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(corpus_path):
         prepare_model(config, open_corpus(config.data))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detector", ["cosine", "fixed", "random", "delimiter_word", "delimiter_sentence"])
 def test_every_detector_trains(detector, corpus_path, tmp_path):
     config = make_config(corpus_path, model=small_config(detector, vocab_size=VOCAB), tokens=5 * 512)
