@@ -182,7 +182,7 @@ class BoundaryDetector(nn.Module):
 
     def _after_delimiters(self, tokens_T: Tensor, packing: Packing) -> Tensor:
         ends_T, starts_T, inside_T, always_T = self.delimiters_V4[tokens_T].unbind(1)
-        before_T2 = shift(torch.stack([ends_T, always_T], dim=1).to(torch.uint8), packing, 1).bool()
+        before_T2 = shift(torch.stack([ends_T, always_T], dim=1).to(torch.uint8), packing.position_T, 1).bool()
         return (before_T2[:, 0] & starts_T) | inside_T | before_T2[:, 1]
 
     def _draws_from_text(self, tokens_T: Tensor, packing: Packing) -> Tensor:
@@ -199,7 +199,7 @@ class BoundaryDetector(nn.Module):
                 q_TS, k_TS = self.w_q(wide_TW), self.w_k(wide_TW)
             else:
                 q_TS = k_TS = wide_TW
-            cosine_T = F.cosine_similarity(shift(q_TS, packing, 1), k_TS, dim=1, eps=1e-8)
+            cosine_T = F.cosine_similarity(shift(q_TS, packing.position_T, 1), k_TS, dim=1, eps=1e-8)
             cosine_T = cosine_T.clamp(-1 + _COSINE_MARGIN, 1 - _COSINE_MARGIN)
             return torch.log1p(-cosine_T) - torch.log1p(cosine_T)
 

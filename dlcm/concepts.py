@@ -3,11 +3,13 @@
 Shape legend: T tokens and K concepts of all documents, packed flat; S documents; W, C widths of tokens and concepts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -95,23 +97,34 @@ class Segments:
         tokens: packing of the tokens into documents.
         concepts: packing of the concepts into the same documents.
         segment_T: index into the flat concepts, of the segment that each token belongs to.
-        lengths_K: tokens in each segment.
+        lengths_K: tokens in each segment; zero for padding.
+        n_concepts: M. Where concepts are padded, K is larger: the rows behind are a sequence of their own that none sees.
     """
 
     tokens: Packing
     concepts: Packing
     segment_T: Tensor
     lengths_K: Tensor
+    n_concepts: int
 
     @cached_property
     def starts_K(self) -> Tensor:
-        """Flat token index of the first token of each segment."""
-        return self.lengths_K.cumsum(0) - self.lengths_K
+        """Flat token index of the first token of each segment; some valid index for padding."""
+        return (self.lengths_K.cumsum(0) - self.lengths_K).clamp(max=max(self.segment_T.numel() - 1, 0))
 
     @cached_property
     def ordinal_T(self) -> Tensor:
         """j(t): index of the token's segment within its document, from 0."""
         return self.concepts.position_T[self.segment_T]
+
+    def visible(self, own_segment: bool) -> tuple[Tensor, Tensor]:
+        """The concepts that each token may see, as a range [lo, hi) of flat concepts: those of earlier segments of its document.
+
+        Args:
+            own_segment: with its own segment's concept.
+        """
+        lo_T = self.concepts.cu_seqlens_S1[self.tokens.sequence_T]
+        return lo_T, self.segment_T + int(own_segment)
 
     @cached_property
     def offset_T(self) -> Tensor:
@@ -120,12 +133,13 @@ class Segments:
         return index_T - self.starts_K[self.segment_T]
 
 
-def segment(boundaries_T: Tensor, tokens: Packing) -> Segments:
+def segment(boundaries_T: Tensor, tokens: Packing, pad_to: Callable[[int], int] | None = None) -> Segments:
     """Cut packed tokens at their boundaries; b_t = 1 starts a concept.
 
     Args:
         boundaries_T: bool; the first token of every document must be a boundary.
         tokens: packing of the tokens into documents.
+        pad_to: K, the rows of every tensor of concepts, given the number of concepts; K = M by default.
 
     Raises:
         ValueError: a document that does not start with a boundary would share a concept with the one before it.
@@ -142,14 +156,19 @@ def segment(boundaries_T: Tensor, tokens: Packing) -> Segments:
     per_document_S = torch.zeros_like(tokens.lengths_S).index_add_(
         0, tokens.sequence_T[starts_K], torch.ones_like(starts_K)
     )
-    return Segments(tokens, Packing.from_lengths(per_document_S), boundaries_T.cumsum(0) - 1, lengths_K)
+    n_concepts = starts_K.numel()
+    if pad_to is not None:
+        n_padding = pad_to(n_concepts) - n_concepts
+        lengths_K = F.pad(lengths_K, (0, n_padding))
+        per_document_S = F.pad(per_document_S, (0, 1), value=n_padding)
+    return Segments(tokens, Packing.from_lengths(per_document_S), boundaries_T.cumsum(0) - 1, lengths_K, n_concepts)
 
 
 def pool_mean(x_TW: Tensor, segments: Segments) -> Tensor:
     """Mean of the token states of each segment (eq 7), accumulated in at least fp32. Returns (K, W) in the dtype of x."""
     wide = x_TW if x_TW.dtype == torch.float64 else x_TW.float()
     sums_KW = wide.new_zeros(segments.lengths_K.numel(), x_TW.shape[1]).index_add(0, segments.segment_T, wide)
-    return (sums_KW / segments.lengths_K[:, None]).to(x_TW.dtype)
+    return (sums_KW / segments.lengths_K.clamp(min=1)[:, None]).to(x_TW.dtype)
 
 
 def pool_first(x_TW: Tensor, segments: Segments) -> Tensor:
@@ -157,11 +176,17 @@ def pool_first(x_TW: Tensor, segments: Segments) -> Tensor:
     return x_TW[segments.starts_K]
 
 
-def shift(x_KC: Tensor, packing: Packing, n: int) -> Tensor:
-    """x_{k-n} for every k, zero where that would lie before the start of k's sequence. Causal by construction."""
+def shift(x_KC: Tensor, position_K: Tensor, n: int) -> Tensor:
+    """x_{k-n} for every k, zero where that would lie before the start of k's sequence. Causal by construction.
+
+    Args:
+        x_KC: packed rows.
+        position_K: position of each row in its sequence.
+        n: how many rows back.
+    """
     if n == 0:
         return x_KC
     if n >= x_KC.shape[0]:
         return torch.zeros_like(x_KC)
     moved_KC = torch.cat([x_KC.new_zeros(n, x_KC.shape[1]), x_KC[:-n]])
-    return moved_KC * (packing.position_T >= n)[:, None]
+    return moved_KC * (position_K >= n)[:, None]

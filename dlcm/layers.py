@@ -3,16 +3,16 @@
 Shape legend: T packed positions (tokens or concepts), W width, H query heads, G key-value heads, A head width.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dlcm.attention import self_attention
-from dlcm.concepts import Packing
-
 Side = Literal["token", "concept"]
+# Queries, keys and values (T, H, A), (T, G, A), (T, G, A) to outputs (T, H, A): who sees whom is the caller's to say.
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Linear(nn.Linear):
@@ -47,23 +47,22 @@ class Rotary:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query self-attention with QK-norm within each packed sequence."""
+    """Grouped-query self-attention with QK-norm; `attend` knows the sequences, packed or cached."""
 
-    def __init__(self, width: int, n_heads: int, n_kv_heads: int, d_head: int, side: Side, backend: str) -> None:
+    def __init__(self, width: int, n_heads: int, n_kv_heads: int, d_head: int, side: Side) -> None:
         super().__init__()
-        self.d_head, self.backend = d_head, backend
+        self.d_head = d_head
         self.w_q = Linear(width, n_heads * d_head, side)
         self.w_k = Linear(width, n_kv_heads * d_head, side)
         self.w_v = Linear(width, n_kv_heads * d_head, side)
         self.w_o = Linear(n_heads * d_head, width, side)
         self.q_norm, self.k_norm = RMSNorm(d_head, side), RMSNorm(d_head, side)
 
-    def forward(self, x_TW: Tensor, packing: Packing, rotary: Rotary) -> Tensor:
+    def forward(self, x_TW: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         """Return the attention branch, (T, W)."""
         q_THA, k_TGA, v_TGA = (split_heads(w(x_TW), self.d_head) for w in (self.w_q, self.w_k, self.w_v))
         q_THA, k_TGA = rotary(self.q_norm(q_THA)), rotary(self.k_norm(k_TGA))
-        out_THA = self_attention(q_THA.to(v_TGA.dtype), k_TGA.to(v_TGA.dtype), v_TGA, packing, self.backend)
-        return self.w_o(out_THA.flatten(1))
+        return self.w_o(attend(q_THA.to(v_TGA.dtype), k_TGA.to(v_TGA.dtype), v_TGA).flatten(1))
 
 
 class SwiGLU(nn.Module):
@@ -82,25 +81,23 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: x += attention(norm x); x += SwiGLU(norm x)."""
 
-    def __init__(
-        self, width: int, n_heads: int, n_kv_heads: int, d_head: int, d_ff: int, side: Side, backend: str
-    ) -> None:
+    def __init__(self, width: int, n_heads: int, n_kv_heads: int, d_head: int, d_ff: int, side: Side) -> None:
         super().__init__()
         self.attention_norm, self.ff_norm = RMSNorm(width, side), RMSNorm(width, side)
-        self.attention = Attention(width, n_heads, n_kv_heads, d_head, side, backend)
+        self.attention = Attention(width, n_heads, n_kv_heads, d_head, side)
         self.ff = SwiGLU(width, d_ff, side)
 
-    def attend(self, x_TW: Tensor, packing: Packing, rotary: Rotary) -> Tensor:
+    def mix(self, x_TW: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         """The first half: x + attention(norm x)."""
-        return x_TW + self.attention(self.attention_norm(x_TW), packing, rotary)
+        return x_TW + self.attention(self.attention_norm(x_TW), rotary, attend)
 
     def feed_forward(self, x_TW: Tensor) -> Tensor:
         """The second half: x + SwiGLU(norm x)."""
         return x_TW + self.ff(self.ff_norm(x_TW))
 
-    def forward(self, x_TW: Tensor, packing: Packing, rotary: Rotary) -> Tensor:
+    def forward(self, x_TW: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         """Return the block's output, (T, W)."""
-        return self.feed_forward(self.attend(x_TW, packing, rotary))
+        return self.feed_forward(self.mix(x_TW, rotary, attend))
 
 
 def split_heads(x_TW: Tensor, d_head: int) -> Tensor:

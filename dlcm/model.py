@@ -14,20 +14,25 @@ Shape legend: B batch, T tokens (packed), K concepts (packed), S documents, W to
 H query heads, G key-value heads, A head width, V vocabulary.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dlcm.attention import cross_attention
+from dlcm.attention import CrossAttend, SelfAttend
 from dlcm.boundary import Boundaries, BoundaryDetector
 from dlcm.concepts import Packing, Segments, pool_first, pool_mean, segment, shift
 from dlcm.config import ModelConfig
-from dlcm.layers import Block, Linear, RMSNorm, Rotary, split_heads
+from dlcm.layers import Attend, Block, Linear, RMSNorm, Rotary, split_heads
 
 # Taps of the causal smoother over concepts, the own one included.
 SMOOTHER_WIDTH = 4
+# Padded concepts come in multiples of this, which suits matrix units.
+_PADDING = 64
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,24 @@ class Output:
     @property
     def n_concepts(self) -> int:
         """M, the number of concepts; the number of tokens for a dense model."""
-        return self.boundaries.numel() if self.segments is None else self.segments.lengths_K.numel()
+        return self.boundaries.numel() if self.segments is None else self.segments.n_concepts
 
     @property
     def tokens_per_concept(self) -> float:
         """Realised R of this pass: L / M."""
         return self.boundaries.numel() / max(self.n_concepts, 1)
+
+
+@dataclass(frozen=True)
+class Concepts:
+    """What tokens attend to: the concepts, and the null concept (1, C) that first segments see (None with `pooling: first`)."""
+
+    z_KC: Tensor
+    null_1C: Tensor | None
+
+
+# Queries (T, H, A), keys and values (K, G, A) of concepts and the null concept's value (G, A) or None to outputs (T, H, A).
+Read = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 class CrossAttention(nn.Module):
@@ -66,7 +83,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         d_head, d_q = config.d_head, config.n_heads_token * config.d_head
         d_kv = config.n_kv_heads_token * d_head
-        self.config = config
+        self.d_head = d_head
         self.norm = RMSNorm(config.d_token, "token")
         self.w_q = Linear(config.d_token, d_q, "token")
         # K and V read the concept width: by fan-in they belong to the concept side, though the module is the decoder's.
@@ -74,21 +91,18 @@ class CrossAttention(nn.Module):
         self.w_o = Linear(d_q, config.d_token, "token")
         self.q_norm, self.k_norm = RMSNorm(d_head, "token"), RMSNorm(d_head, "token")
 
-    def forward(self, x_TW: Tensor, z_1KC: Tensor, segments: Segments) -> Tensor:
-        """Return the cross-attention branch, (T, W). Row 0 of `z_1KC` is the null concept."""
-        d_head = self.config.d_head
-        q_THA = self.q_norm(split_heads(self.w_q(self.norm(x_TW)), d_head))
-        k_1KGA, v_1KGA = self.k_norm(split_heads(self.w_k(z_1KC), d_head)), split_heads(self.w_v(z_1KC), d_head)
-        out_THA = cross_attention(
-            q_THA.to(v_1KGA.dtype),
-            k_1KGA.to(v_1KGA.dtype),
-            v_1KGA,
-            segments,
-            own_segment=self.config.pooling == "first",
-            log_length=self.config.concept_bias == "log_length",
-            backend=self.config.attention_backend,
-        )
-        return self.w_o(out_THA.flatten(1))
+    def forward(self, x_TW: Tensor, concepts: Concepts, read: Read) -> Tensor:
+        """Return the cross-attention branch, (T, W)."""
+        q_THA = self.q_norm(split_heads(self.w_q(self.norm(x_TW)), self.d_head))
+        k_KGA, v_KGA, null_GA = self.keys_values(concepts)
+        return self.w_o(read(q_THA.to(v_KGA.dtype), k_KGA, v_KGA, null_GA).flatten(1))
+
+    def keys_values(self, concepts: Concepts) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values (K, G, A) of the concepts and the value (G, A) of the null concept, if any."""
+        v_KGA = split_heads(self.w_v(concepts.z_KC), self.d_head)
+        k_KGA = self.k_norm(split_heads(self.w_k(concepts.z_KC), self.d_head)).to(v_KGA.dtype)
+        null_GA = None if concepts.null_1C is None else split_heads(self.w_v(concepts.null_1C), self.d_head)[0]
+        return k_KGA, v_KGA, null_GA
 
 
 class DecoderBlock(nn.Module):
@@ -99,11 +113,11 @@ class DecoderBlock(nn.Module):
         self.block = Block(*_token_shape(config))
         self.cross = CrossAttention(config) if with_cross else None
 
-    def forward(self, x_TW: Tensor, packing: Packing, rotary: Rotary, z_1KC: Tensor, segments: Segments) -> Tensor:
+    def forward(self, x_TW: Tensor, concepts: Concepts, rotary: Rotary, attend: Attend, read: Read) -> Tensor:
         """Return the block's output, (T, W)."""
-        x_TW = self.block.attend(x_TW, packing, rotary)
+        x_TW = self.block.mix(x_TW, rotary, attend)
         if self.cross is not None:
-            x_TW = x_TW + self.cross(x_TW, z_1KC, segments)
+            x_TW = x_TW + self.cross(x_TW, concepts, read)
         return self.block.feed_forward(x_TW)
 
 
@@ -125,22 +139,31 @@ class ConceptStack(nn.Module):
         else:
             self.null_1C = None
 
-    def forward(self, h_TW: Tensor, segments: Segments, confidence_T: Tensor | None) -> Tensor:
-        """Return the null concept and the K concepts, (1 + K, C)."""
-        pooled_KW = pool_first(h_TW, segments) if self.config.pooling == "first" else pool_mean(h_TW, segments)
+    def pool(self, h_TW: Tensor, segments: Segments) -> Tensor:
+        """One token-width state a segment, (K, W) (eq 7 without W_up)."""
+        return pool_first(h_TW, segments) if self.config.pooling == "first" else pool_mean(h_TW, segments)
+
+    def backbone(self, pooled_KW: Tensor, gate_K1: Tensor | None, rotary: Rotary, attend: Attend) -> Tensor:
+        """W_up, the blocks and the norm behind them, (K, C). `gate_K1` is one in value; it carries a gradient."""
         z_KC = self.w_up(pooled_KW)
-        if confidence_T is not None:
-            # Straight-through: one in value, the gradient of the boundary's probability in the backward pass.
-            p_K = confidence_T[segments.starts_K].to(z_KC.dtype)
-            z_KC = z_KC * (1.0 + p_K - p_K.detach())[:, None]
-        rotary = Rotary(segments.concepts.position_T, self.config.d_head, self.config.rope_theta, z_KC.dtype)
+        if gate_K1 is not None:
+            z_KC = z_KC * gate_K1.to(z_KC.dtype)
         for block in self.blocks:
-            z_KC = block(z_KC, segments.concepts, rotary)
-        z_KC = self.norm(z_KC)
-        if self.config.smoothing == "causal":
-            z_KC = z_KC + sum(w_C * shift(z_KC, segments.concepts, n) for n, w_C in enumerate(self.smoother_4C))
-        null_1C = z_KC.new_zeros(1, z_KC.shape[1]) if self.null_1C is None else self.null_1C.to(z_KC.dtype)
-        return torch.cat([null_1C, z_KC])
+            z_KC = block(z_KC, rotary, attend)
+        return self.norm(z_KC)
+
+    def smooth(self, z_KC: Tensor, position_K: Tensor) -> Tensor:
+        """The smoother (eq 11): a causal depth-wise convolution over concepts, added to them."""
+        if self.config.smoothing == "none":
+            return z_KC
+        return z_KC + sum(w_C * shift(z_KC, position_K, n) for n, w_C in enumerate(self.smoother_4C))
+
+    def forward(
+        self, pooled_KW: Tensor, gate_K1: Tensor | None, rotary: Rotary, attend: Attend, position_K: Tensor
+    ) -> Concepts:
+        """The concepts of packed documents, and the null concept."""
+        z_KC = self.smooth(self.backbone(pooled_KW, gate_K1, rotary, attend), position_K)
+        return Concepts(z_KC, None if self.null_1C is None else self.null_1C.to(z_KC.dtype))
 
 
 class Model(nn.Module):
@@ -161,6 +184,7 @@ class Model(nn.Module):
         self.unembedding = Linear(config.d_token, config.vocab_size, "token")
         if config.tie_embeddings:
             self.unembedding.weight = self.embedding.weight
+        self._compiled: dict[str, Callable[..., Any]] = {}
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -212,8 +236,8 @@ class Model(nn.Module):
             raise ValueError("cu_seqlens describes flat tokens; pass tokens of shape (T,)")
         shape, tokens_T = tokens.shape, tokens.flatten()
         packing = Packing(_bounds(tokens, cu_seqlens))
-        rotary = self._rotary(packing)
-        x_TW = self._encode(tokens_T, packing, rotary)
+        rotary, attend = self.rotary(packing.position_T), SelfAttend(packing, self.config.attention_backend)
+        x_TW = self._stack("encode")(self.embedding(tokens_T), rotary, attend)
         segments = detection = None
         if self.config.is_dense:
             decision_T, prob_T = torch.ones_like(tokens_T, dtype=torch.bool), torch.ones_like(x_TW[:, 0])
@@ -225,9 +249,10 @@ class Model(nn.Module):
             else:
                 decision_T = boundaries.flatten()
                 prob_T = decision_T.float()
-            segments = segment(decision_T, packing)
-            x_TW = self._decode(x_TW, packing, rotary, segments, detection)
-        logits_TV = self.unembedding(self.norm(x_TW)) / self.config.mup_scale_token
+            segments = segment(decision_T, packing, self._padding(packing))
+            concepts = self._concepts(x_TW, segments, detection)
+            x_TW = self._stack("decode")(x_TW, concepts, rotary, attend, self._read(segments))
+        logits_TV = self.head(x_TW)
         return Output(
             logits_TV.unflatten(0, shape) if len(shape) > 1 else logits_TV,
             decision_T.view(shape),
@@ -236,31 +261,92 @@ class Model(nn.Module):
             detection,
         )
 
-    def _rotary(self, packing: Packing) -> Rotary:
-        return Rotary(packing.position_T, self.config.d_head, self.config.rope_theta, self.embedding.weight.dtype)
-
-    def _encode(self, tokens_T: Tensor, packing: Packing, rotary: Rotary) -> Tensor:
-        h_TW = self.embedding(tokens_T)
+    def encode(self, x_TW: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        """Embedded tokens to encoder states, (T, W)."""
         for block in self.encoder:
-            h_TW = block(h_TW, packing, rotary)
-        return h_TW
-
-    def _decode(
-        self, h_TW: Tensor, packing: Packing, rotary: Rotary, segments: Segments, detection: Boundaries | None
-    ) -> Tensor:
-        straight_through = self.config.boundary is not None and self.config.boundary.straight_through
-        confidence_T = detection.sharp_prob_T if detection is not None and straight_through else None
-        z_1KC = self.concepts(h_TW, segments, confidence_T)
-        x_TW = h_TW
-        for block in self.decoder:
-            x_TW = block(x_TW, packing, rotary, z_1KC, segments)
+            x_TW = block(x_TW, rotary, attend)
         return x_TW
+
+    def think(
+        self, pooled_KW: Tensor, gate_K1: Tensor | None, rotary: Rotary, attend: Attend, position_K: Tensor
+    ) -> Concepts:
+        """Pooled segments to concepts."""
+        return self.concepts(pooled_KW, gate_K1, rotary, attend, position_K)
+
+    def decode(self, x_TW: Tensor, concepts: Concepts, rotary: Rotary, attend: Attend, read: Read) -> Tensor:
+        """Encoder states and concepts to decoder states, (T, W)."""
+        for block in self.decoder:
+            x_TW = block(x_TW, concepts, rotary, attend, read)
+        return x_TW
+
+    def head(self, x_TW: Tensor) -> Tensor:
+        """Logits (T, V) of the last states."""
+        return self.unembedding(self.norm(x_TW)) / self.config.mup_scale_token
+
+    def rotary(self, position_T: Tensor) -> Rotary:
+        """Rotary embedding at these positions; tokens and concepts have heads of one width."""
+        return Rotary(position_T, self.config.d_head, self.config.rope_theta, self.embedding.weight.dtype)
+
+    def _concepts(self, h_TW: Tensor, segments: Segments, detection: Boundaries | None) -> Concepts:
+        gate_K1 = None
+        if detection is not None and detection.sharp_prob_T is not None and self.boundary.config.straight_through:
+            # Straight-through: one in value, the gradient of the boundary's probability in the backward pass.
+            p_K = detection.sharp_prob_T[segments.starts_K]
+            gate_K1 = (1.0 + p_K - p_K.detach())[:, None]
+        packing = segments.concepts
+        attend = SelfAttend(packing, self.config.attention_backend)
+        pooled_KW = self.concepts.pool(h_TW, segments)
+        return self._stack("think")(pooled_KW, gate_K1, self.rotary(packing.position_T), attend, packing.position_T)
+
+    def _read(self, segments: Segments) -> Read:
+        config = self.config
+        return CrossAttend(
+            segments, config.pooling == "first", config.concept_bias == "log_length", config.attention_backend
+        )
 
     @torch.no_grad()
     def detect(self, tokens_T: Tensor, cu_seqlens: Tensor, draws_T: Tensor | None = None) -> Boundaries:
         """What `forward` would decide about the boundaries of packed tokens, at the cost of the encoder alone."""
         packing = Packing(cu_seqlens.long())
-        return self.boundary(self._encode(tokens_T, packing, self._rotary(packing)), tokens_T, packing, draws_T)
+        attend = SelfAttend(packing, self.config.attention_backend)
+        h_TW = self._stack("encode")(self.embedding(tokens_T), self.rotary(packing.position_T), attend)
+        return self.boundary(h_TW, tokens_T, packing, draws_T)
+
+    def compile_stacks(self, **options: Any) -> None:
+        """Compile encoder, concept stack and decoder for training, each whole, without graph breaks.
+
+        What depends on the data stays between them: where boundaries fall, and how many concepts there are. The concepts
+        are padded to `concept_bound`, so that their number does not change the shapes, and nothing is compiled again when
+        it changes. Evaluation, whose batches have other shapes, runs uncompiled.
+
+        Args:
+            options: passed to `torch.compile`, for example `backend`.
+        """
+        self._compiled = {
+            name: torch.compile(getattr(self, name), fullgraph=True, **options)
+            for name in ("encode", "think", "decode")
+        }
+
+    def _stack(self, name: str) -> Callable[..., Any]:
+        return self._compiled[name] if self.training and self._compiled else getattr(self, name)
+
+    def _padding(self, packing: Packing) -> Callable[[int], int] | None:
+        if not (self.training and self._compiled):
+            return None
+        return lambda n_concepts: concept_bound(packing.n_total, self.config.compression_target, n_concepts)
+
+
+def concept_bound(n_tokens: int, ratio: float, n_concepts: int) -> int:
+    """Rows that `n_concepts` concepts of `n_tokens` tokens are padded to: the same number for almost every batch.
+
+    With the rate at 1/R the number of concepts varies by about sqrt(T/R) around T/R; the bound lies six of that above.
+    A batch beyond it, as before the rate is under control, takes the next doubling, and T at most.
+    """
+    expected = n_tokens / ratio
+    bound = expected + 6.0 * math.sqrt(expected)
+    while bound < n_concepts:
+        bound *= 2.0
+    return min(-(-math.ceil(bound) // _PADDING) * _PADDING, max(n_tokens, n_concepts))
 
 
 def build_model(config: ModelConfig, *, seed: int = 0) -> Model:
@@ -292,9 +378,9 @@ def _bounds(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 def _token_shape(config: ModelConfig):
     heads = config.n_heads_token, config.n_kv_heads_token, config.d_head
-    return config.d_token, *heads, config.d_ff_token, "token", config.attention_backend
+    return config.d_token, *heads, config.d_ff_token, "token"
 
 
 def _concept_shape(config: ModelConfig):
     heads = config.n_heads_concept, config.n_kv_heads_concept, config.d_head
-    return config.d_concept, *heads, config.d_ff_concept, "concept", config.attention_backend
+    return config.d_concept, *heads, config.d_ff_concept, "concept"

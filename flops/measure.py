@@ -151,9 +151,8 @@ def _expected(config: ModelConfig, seq_len: int, n_concepts: int) -> dict[str, f
     parts = dict(square.components)
     parts["smoothing"] = 0.0
     if not c.is_dense:
-        null = ops.cross_projections(0, 1, c.d_token, c.d_concept, c.n_heads_token, c.n_kv_heads_token, c.d_head)
-        null += ops.attention_scores(seq_len, c.n_heads_token, c.d_head)
-        parts["cross_attention"] += c.n_cross_attentions * null
+        if c.pooling == "mean":
+            parts["cross_attention"] += c.n_cross_attentions * 2 * c.d_concept * c.n_kv_heads_token * c.d_head
     return parts
 
 

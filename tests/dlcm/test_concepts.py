@@ -70,7 +70,7 @@ def test_pooling_and_shifting_equal_plain_loops(case, n):
             if i >= n:
                 moved[t] = x[t - n]
             t += 1
-    assert torch.equal(shift(x, packing, n), moved)
+    assert torch.equal(shift(x, packing.position_T, n), moved)
 
 
 def test_means_of_low_precision_states_are_accumulated_in_fp32():

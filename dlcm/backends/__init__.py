@@ -1,0 +1,6 @@
+"""Ways to compute the two attentions of a model; `dlcm.attention` chooses among them and says what they compute.
+
+A backend for token-to-concept attention is a function (q_THA, k_KGA, v_KGA, segments, own_segment, log_length) -> out_THA.
+Every token sees the contiguous range of flat concepts that `Segments.visible` gives; the row of a token that sees none may
+hold any finite number, since `dlcm.attention` puts the null concept there, and its gradients are zero.
+"""
