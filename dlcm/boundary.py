@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dlcm.concepts import Packing, shift
+from dlcm.concepts import Sequences
 from dlcm.config import BoundaryConfig
 from dlcm.layers import Linear
 
@@ -146,13 +146,13 @@ class BoundaryDetector(nn.Module):
         """Whether the controller moves the offsets: only scores that are compared with something can be moved."""
         return self.config.control == "bias" and self.config.detector in ("learned", "cosine", "random")
 
-    def forward(self, h_TW: Tensor, tokens_T: Tensor, packing: Packing, draws_T: Tensor | None = None) -> Boundaries:
+    def forward(self, h_TW: Tensor, tokens_T: Tensor, packing: Sequences, draws_T: Tensor | None = None) -> Boundaries:
         """Decide the boundaries of packed tokens.
 
         Args:
             h_TW: encoder states.
             tokens_T: token ids; delimiters and the random control at inference read them.
-            packing: documents.
+            packing: documents, packed whole or the next part of each.
             draws_T: uniform numbers for the sampled decision of training; None decides by threshold.
         """
         detector, first_T = self.config.detector, packing.is_first_T
@@ -180,16 +180,16 @@ class BoundaryDetector(nn.Module):
         index_T = position_T.double()
         return (index_T / self.ratio).floor() > ((index_T - 1) / self.ratio).floor()
 
-    def _after_delimiters(self, tokens_T: Tensor, packing: Packing) -> Tensor:
+    def _after_delimiters(self, tokens_T: Tensor, packing: Sequences) -> Tensor:
         ends_T, starts_T, inside_T, always_T = self.delimiters_V4[tokens_T].unbind(1)
-        before_T2 = shift(torch.stack([ends_T, always_T], dim=1).to(torch.uint8), packing.position_T, 1).bool()
+        before_T2 = packing.previous(torch.stack([ends_T, always_T], dim=1).to(torch.uint8)).bool()
         return (before_T2[:, 0] & starts_T) | inside_T | before_T2[:, 1]
 
-    def _draws_from_text(self, tokens_T: Tensor, packing: Packing) -> Tensor:
+    def _draws_from_text(self, tokens_T: Tensor, packing: Sequences) -> Tensor:
         # At inference the random control must be causal and repeatable: a function of the position and of the token.
         return uniform_draws(0, 0, packing.position_T * _POSITION_STRIDE + tokens_T)
 
-    def _score(self, h_TW: Tensor, tokens_T: Tensor, packing: Packing) -> Tensor:
+    def _score(self, h_TW: Tensor, tokens_T: Tensor, packing: Sequences) -> Tensor:
         """s_t = logit(p_t) = log(1 - cos) - log(1 + cos), with p_t = (1 - cos(q_{t-1}, k_t)) / 2 (eqs 5, 6)."""
         if self.config.detector == "random":
             return h_TW.new_full(tokens_T.shape, -math.log(self.ratio - 1.0), dtype=_wide(h_TW.dtype))
@@ -199,7 +199,7 @@ class BoundaryDetector(nn.Module):
                 q_TS, k_TS = self.w_q(wide_TW), self.w_k(wide_TW)
             else:
                 q_TS = k_TS = wide_TW
-            cosine_T = F.cosine_similarity(shift(q_TS, packing.position_T, 1), k_TS, dim=1, eps=1e-8)
+            cosine_T = F.cosine_similarity(packing.previous(q_TS), k_TS, dim=1, eps=1e-8)
             cosine_T = cosine_T.clamp(-1 + _COSINE_MARGIN, 1 - _COSINE_MARGIN)
             return torch.log1p(-cosine_T) - torch.log1p(cosine_T)
 

@@ -1,4 +1,4 @@
-"""The verbs `dlcm train` and `dlcm eval`. Only typer is imported here: `dlcm --help` must answer at once."""
+"""The verbs `dlcm train`, `dlcm eval` and `dlcm generate`. Only typer is imported here: `dlcm --help` must answer at once."""
 
 from pathlib import Path
 from typing import Annotated
@@ -76,3 +76,48 @@ def eval_verb(
         print(json.dumps([dataclasses.asdict(result) for result in results], indent=2))
     else:
         print(format_results(results))
+
+
+@app.command("generate")
+def generate_verb(
+    run_dir: RunDir,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PROMPT]...", help="texts to continue; `-` reads one from standard input"),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="new tokens of each text, at most")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="draw from the likeliest tokens that hold this probability")] = 0.95,
+    seed: Annotated[int, typer.Option(help="of the draws: the same seed writes the same text")] = 0,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="text that ends a continuation; repeatable")] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="continuations of each prompt")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Continue texts with a trained model."""
+    import dataclasses
+    import json
+    import sys
+
+    from dlcm.generate import Sampling, generate_from_run
+
+    texts = [sys.stdin.read() if text == "-" else text for text in prompt or [""] for _ in range(samples)]
+    sampling = Sampling(max_tokens, temperature, top_p, seed, tuple(stop or ()))
+
+    def show(_: int, text: str) -> None:
+        print(text, end="", flush=True)
+
+    streams = len(texts) == 1 and not as_json
+    if streams:
+        print(texts[0], end="", flush=True)
+    completions = generate_from_run(run_dir, texts, sampling, on_text=show if streams else None)
+    if as_json:
+        records = [{"prompt": text, **dataclasses.asdict(done)} for text, done in zip(texts, completions)]
+        print(
+            json.dumps({"run_dir": str(run_dir), "sampling": dataclasses.asdict(sampling), "texts": records}, indent=2)
+        )
+        return
+    for i, (text, done) in enumerate(zip(texts, completions)):
+        note = f"{done.n_tokens} tokens, ended by {done.reason}, {done.tokens_per_concept:.2f} tokens per concept"
+        # Standard output holds the text alone, so that it can be piped on.
+        print("\n" if streams else f"{text}{done.text}", flush=True)
+        print(f"[{i + 1} of {len(texts)}: {note}]", file=sys.stderr)

@@ -6,10 +6,29 @@ Shape legend: T tokens and K concepts of all documents, packed flat; S documents
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+class Sequences(Protocol):
+    """What a boundary detector needs to know of packed sequences, or of the next part of each."""
+
+    @property
+    def position_T(self) -> Tensor:
+        """Position of each element in its sequence, from 0."""
+        ...
+
+    @property
+    def is_first_T(self) -> Tensor:
+        """Whether an element is the first of its sequence."""
+        ...
+
+    def previous(self, x_TS: Tensor) -> Tensor:
+        """The row of x of the element before each element of its sequence; zero for the first."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -56,6 +75,10 @@ class Packing:
     def is_first_T(self) -> Tensor:
         """Whether an element is the first of its sequence."""
         return self.position_T == 0
+
+    def previous(self, x_TS: Tensor) -> Tensor:
+        """The row of x of the element before each element of its sequence; zero for the first."""
+        return shift(x_TS, self.position_T, 1)
 
     @cached_property
     def buckets(self) -> tuple["Bucket", ...]:

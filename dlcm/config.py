@@ -225,6 +225,13 @@ class TrainConfig(Frozen):
         gt=1.0,
         description="diverged when the running loss exceeds this many times ln(vocabulary), or is not finite",
     )
+    compile: bool = Field(
+        default=False, description="compile the stacks with torch.compile; needs a C++ compiler, or a GPU"
+    )
+
+    def is_bf16(self, device: str) -> bool:
+        """Whether forward passes run under bf16 autocast on this kind of device (`cpu`, `cuda`)."""
+        return self.precision == "bf16" or (self.precision == "auto" and device == "cuda")
 
 
 class RunConfig(Frozen):

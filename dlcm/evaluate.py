@@ -138,8 +138,7 @@ def _load_lm(run_dir: Path, corpus: Corpus) -> "HarnessModel":
             f"{config.model.vocab_size}: the corpus is not the one that the run was trained on"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and device == "cuda")
-    autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=bf16)
+    autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=config.train.is_bf16(device))
     return HarnessModel(model.to(device), corpus.tokenizer, config.data.seq_len, autocast=autocast)
 
 

@@ -18,6 +18,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from dlcm.errors import UserError
+from dlcm.generate import Sampling, generate
 from dlcm.tasks import SCORING_VERSION, EvalTask
 from dlcm.tokens import Tokenizer
 
@@ -34,7 +35,7 @@ class HarnessModel(TemplateLM):
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: Any,
         tokenizer: Tokenizer,
         max_length: int,
         *,
@@ -44,7 +45,7 @@ class HarnessModel(TemplateLM):
         """Wrap a model.
 
         Args:
-            model: called as `model(tokens_T, cu_seqlens=...)`; its answer has `.logits`, (T, V).
+            model: called as `model(tokens_T, cu_seqlens=...)`; its answer has `.logits`, (T, V). A `dlcm.model.Model`.
             tokenizer: the one it was trained with.
             max_length: tokens that the model was trained to look back on, end of text included; what is longer loses
                 its beginning, but never a part of the answer.
@@ -110,19 +111,12 @@ class HarnessModel(TemplateLM):
         if options.get("do_sample") and options.get("temperature", 1.0):
             raise UserError("this model generates greedily for lm-eval; set do_sample: false in the task")
         until = options.get("until") or []
-        stops = [until] if isinstance(until, str) else list(until)
-        ids, new = self.tok_encode(context), []
-        while len(new) < int(options.get("max_gen_toks") or _MAX_NEW_TOKENS):
-            tail = [self.eot_token_id, *(ids + new)[-(self.max_length - 1) :]]
-            token = int(self._logits([tail])[-1].argmax())
-            if token == self.eot_token_id:
-                break
-            new.append(token)
-            text = self.text.decode(new)
-            found = [text.index(stop) for stop in stops if stop in text]
-            if found:
-                return text[: min(found)]
-        return self.text.decode(new)
+        n_new = int(options.get("max_gen_toks") or _MAX_NEW_TOKENS)
+        sampling = Sampling(n_new, temperature=0.0, stop=tuple([until] if isinstance(until, str) else until))
+        # The context gives way, so that nothing is written beyond the length that the model was trained at.
+        room = max(self.max_length - 1 - n_new, 0)
+        ids = self.tok_encode(context)[-room:] if room else []
+        return generate(self.model, self.text, [ids], sampling, autocast=self._autocast)[0].text
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """As lm-eval does it; an answer that merges into the prompt's last token is encoded by itself."""

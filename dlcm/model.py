@@ -15,8 +15,9 @@ H query heads, G key-value heads, A head width, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 
 from dlcm.attention import CrossAttend, SelfAttend
 from dlcm.boundary import Boundaries, BoundaryDetector
+from dlcm.cache import Cache
 from dlcm.concepts import Packing, Segments, pool_first, pool_mean, segment, shift
 from dlcm.config import ModelConfig
 from dlcm.layers import Attend, Block, Linear, RMSNorm, Rotary, split_heads
@@ -43,7 +45,7 @@ class Output:
         logits: (..., V), in the compute dtype.
         boundaries: bool; every token for a dense model.
         boundary_prob: p_t; ones for a dense model.
-        segments: the concepts, packed; None for a dense model.
+        segments: the concepts, packed; None for a dense model and with a cache.
         detection: scores and statistics of the detector; None for a dense model or injected boundaries.
     """
 
@@ -56,7 +58,7 @@ class Output:
     @property
     def n_concepts(self) -> int:
         """M, the number of concepts; the number of tokens for a dense model."""
-        return self.boundaries.numel() if self.segments is None else self.segments.n_concepts
+        return int(self.boundaries.sum()) if self.segments is None else self.segments.n_concepts
 
     @property
     def tokens_per_concept(self) -> float:
@@ -113,10 +115,11 @@ class DecoderBlock(nn.Module):
         self.block = Block(*_token_shape(config))
         self.cross = CrossAttention(config) if with_cross else None
 
-    def forward(self, x_TW: Tensor, concepts: Concepts, rotary: Rotary, attend: Attend, read: Read) -> Tensor:
+    def forward(self, x_TW: Tensor, concepts: Concepts, rotary: Rotary, attend: Attend, read: Read | None) -> Tensor:
         """Return the block's output, (T, W)."""
         x_TW = self.block.mix(x_TW, rotary, attend)
         if self.cross is not None:
+            assert read is not None
             x_TW = x_TW + self.cross(x_TW, concepts, read)
         return self.block.feed_forward(x_TW)
 
@@ -143,27 +146,36 @@ class ConceptStack(nn.Module):
         """One token-width state a segment, (K, W) (eq 7 without W_up)."""
         return pool_first(h_TW, segments) if self.config.pooling == "first" else pool_mean(h_TW, segments)
 
-    def backbone(self, pooled_KW: Tensor, gate_K1: Tensor | None, rotary: Rotary, attend: Attend) -> Tensor:
+    def backbone(self, pooled_KW: Tensor, gate_K1: Tensor | None, rotary: Rotary, attends: Sequence[Attend]) -> Tensor:
         """W_up, the blocks and the norm behind them, (K, C). `gate_K1` is one in value; it carries a gradient."""
         z_KC = self.w_up(pooled_KW)
         if gate_K1 is not None:
             z_KC = z_KC * gate_K1.to(z_KC.dtype)
-        for block in self.blocks:
+        for block, attend in zip(self.blocks, attends):
             z_KC = block(z_KC, rotary, attend)
         return self.norm(z_KC)
 
-    def smooth(self, z_KC: Tensor, position_K: Tensor) -> Tensor:
-        """The smoother (eq 11): a causal depth-wise convolution over concepts, added to them."""
-        if self.config.smoothing == "none":
-            return z_KC
-        return z_KC + sum(w_C * shift(z_KC, position_K, n) for n, w_C in enumerate(self.smoother_4C))
+    def smooth(self, z_KC: Tensor, earlier: Callable[[Tensor, int], list[Tensor]]) -> Concepts:
+        """The smoother (eq 11): a causal depth-wise convolution over concepts, added to them.
+
+        Args:
+            z_KC: what the backbone gives.
+            earlier: z_{k-n} of every concept for n = 0, 1, .. up to a number of taps, zero before the first of a document.
+        """
+        if self.config.smoothing == "causal":
+            taps = zip(self.smoother_4C, earlier(z_KC, SMOOTHER_WIDTH))
+            z_KC = z_KC + sum(w_C * tap_KC for w_C, tap_KC in taps)
+        return Concepts(z_KC, None if self.null_1C is None else self.null_1C.to(z_KC.dtype))
 
     def forward(
-        self, pooled_KW: Tensor, gate_K1: Tensor | None, rotary: Rotary, attend: Attend, position_K: Tensor
+        self, pooled_KW: Tensor, gate_K1: Tensor | None, rotary: Rotary, attends: Sequence[Attend], position_K: Tensor
     ) -> Concepts:
         """The concepts of packed documents, and the null concept."""
-        z_KC = self.smooth(self.backbone(pooled_KW, gate_K1, rotary, attend), position_K)
-        return Concepts(z_KC, None if self.null_1C is None else self.null_1C.to(z_KC.dtype))
+
+        def earlier(z_KC: Tensor, n_taps: int) -> list[Tensor]:
+            return [shift(z_KC, position_K, n) for n in range(n_taps)]
+
+        return self.smooth(self.backbone(pooled_KW, gate_K1, rotary, attends), earlier)
 
 
 class Model(nn.Module):
@@ -220,24 +232,34 @@ class Model(nn.Module):
         cu_seqlens: Tensor | None = None,
         boundaries: Tensor | None = None,
         draws: Tensor | None = None,
+        cache: Cache | None = None,
+        lengths: Tensor | None = None,
     ) -> Output:
         """Predict the next token everywhere.
 
         Args:
-            tokens: int64, (B, T): each row one document; or (T,): documents packed flat.
+            tokens: int64, (B, T): each row one document; or (T,): documents packed flat. With a cache (B, t): the next t
+                tokens of each row.
             cu_seqlens: (S + 1), starts of the packed documents and the total length; only with flat tokens. None is one document.
             boundaries: bool like `tokens`, injected instead of detected.
             draws: uniform numbers like `tokens`, for the sampled boundary decision of training. None decides by threshold.
+            cache: what the rows have had so far (`new_cache`); it moves on.
+            lengths: (B,), how many of the t tokens of each row are real, the others are padding on the right, whose logits
+                are zero; only with a cache. None is all.
 
         Returns:
             Output; its tensors lead with the shape of `tokens`.
         """
+        if cache is not None:
+            if cu_seqlens is not None or tokens.dim() != 2 or tokens.shape[0] != cache.n_rows:
+                raise ValueError(f"with a cache, tokens are ({cache.n_rows}, t) and without cu_seqlens")
+            return self._advance(tokens, cache, boundaries, draws, lengths)
         if tokens.dim() == 2 and cu_seqlens is not None:
             raise ValueError("cu_seqlens describes flat tokens; pass tokens of shape (T,)")
         shape, tokens_T = tokens.shape, tokens.flatten()
         packing = Packing(_bounds(tokens, cu_seqlens))
         rotary, attend = self.rotary(packing.position_T), SelfAttend(packing, self.config.attention_backend)
-        x_TW = self._stack("encode")(self.embedding(tokens_T), rotary, attend)
+        x_TW = self._stack("encode")(self.embedding(tokens_T), rotary, [attend] * len(self.encoder))
         segments = detection = None
         if self.config.is_dense:
             decision_T, prob_T = torch.ones_like(tokens_T, dtype=torch.bool), torch.ones_like(x_TW[:, 0])
@@ -251,7 +273,8 @@ class Model(nn.Module):
                 prob_T = decision_T.float()
             segments = segment(decision_T, packing, self._padding(packing))
             concepts = self._concepts(x_TW, segments, detection)
-            x_TW = self._stack("decode")(x_TW, concepts, rotary, attend, self._read(segments))
+            attends, reads = [attend] * len(self.decoder), [self._read(segments)] * self.config.n_cross_attentions
+            x_TW = self._stack("decode")(x_TW, concepts, rotary, attends, reads)
         logits_TV = self.head(x_TW)
         return Output(
             logits_TV.unflatten(0, shape) if len(shape) > 1 else logits_TV,
@@ -261,21 +284,63 @@ class Model(nn.Module):
             detection,
         )
 
-    def encode(self, x_TW: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        """Embedded tokens to encoder states, (T, W)."""
-        for block in self.encoder:
+    def new_cache(self, batch_size: int) -> Cache:
+        """The state of rows that have had no token yet; pass it to `model(tokens_Bt, cache=cache)` with their next tokens."""
+        return Cache(self.config, batch_size, self.embedding.weight.device)
+
+    def _advance(
+        self, tokens_Bt: Tensor, cache: Cache, boundaries: Tensor | None, draws: Tensor | None, lengths_B: Tensor | None
+    ) -> Output:
+        """`forward` of the next tokens of each row. The concept stack runs only where segments end."""
+        n_rows, width = tokens_Bt.shape
+        real_Bt = torch.ones_like(tokens_Bt, dtype=torch.bool)
+        if lengths_B is not None:
+            real_Bt = torch.arange(width, device=tokens_Bt.device) < lengths_B[:, None]
+        chunk, tokens_T = cache.chunk(real_Bt.sum(1)), tokens_Bt[real_Bt]
+        rotary = self.rotary(chunk.position_T)
+        x_TW = self.encode(self.embedding(tokens_T), rotary, chunk.self_attends(cache.encoder))
+        detection = None
+        if self.config.is_dense:
+            decision_T, prob_T = torch.ones_like(tokens_T, dtype=torch.bool), torch.ones_like(x_TW[:, 0])
+        else:
+            if boundaries is None:
+                detection = self.boundary(x_TW, tokens_T, chunk, None if draws is None else draws[real_Bt])
+                decision_T, prob_T = detection.decision_T, detection.prob_T
+            else:
+                decision_T = boundaries[real_Bt]
+                prob_T = decision_T.float()
+            cut = chunk.cut(decision_T, x_TW)
+            concepts = Concepts(x_TW.new_zeros(0, self.config.d_concept), self.concepts.null_1C)
+            if cut.pooled_KW.shape[0]:
+                z_KC = self.concepts.backbone(
+                    cut.pooled_KW, None, self.rotary(cut.concepts.position_N), cut.self_attends()
+                )
+                concepts = self.concepts.smooth(z_KC, cut.earlier)
+            x_TW = self.decode(x_TW, concepts, rotary, chunk.self_attends(cache.decoder), cut.reads())
+        logits_TV = self.head(x_TW)
+
+        def spread(x_T: Tensor) -> Tensor:
+            return x_T.new_zeros(n_rows, width, *x_T.shape[1:]).index_put((real_Bt,), x_T)
+
+        return Output(spread(logits_TV), spread(decision_T), spread(prob_T), None, detection)
+
+    def encode(self, x_TW: Tensor, rotary: Rotary, attends: Sequence[Attend]) -> Tensor:
+        """Embedded tokens to encoder states, (T, W). `attends`: one function a layer, here and in the other stacks."""
+        for block, attend in zip(self.encoder, attends):
             x_TW = block(x_TW, rotary, attend)
         return x_TW
 
     def think(
-        self, pooled_KW: Tensor, gate_K1: Tensor | None, rotary: Rotary, attend: Attend, position_K: Tensor
+        self, pooled_KW: Tensor, gate_K1: Tensor | None, rotary: Rotary, attends: Sequence[Attend], position_K: Tensor
     ) -> Concepts:
         """Pooled segments to concepts."""
-        return self.concepts(pooled_KW, gate_K1, rotary, attend, position_K)
+        return self.concepts(pooled_KW, gate_K1, rotary, attends, position_K)
 
-    def decode(self, x_TW: Tensor, concepts: Concepts, rotary: Rotary, attend: Attend, read: Read) -> Tensor:
-        """Encoder states and concepts to decoder states, (T, W)."""
-        for block in self.decoder:
+    def decode(
+        self, x_TW: Tensor, concepts: Concepts, rotary: Rotary, attends: Sequence[Attend], reads: Sequence[Read]
+    ) -> Tensor:
+        """Encoder states and concepts to decoder states, (T, W). `reads`: one function a layer with cross-attention."""
+        for block, attend, read in zip_longest(self.decoder, attends, reads):
             x_TW = block(x_TW, concepts, rotary, attend, read)
         return x_TW
 
@@ -294,9 +359,9 @@ class Model(nn.Module):
             p_K = detection.sharp_prob_T[segments.starts_K]
             gate_K1 = (1.0 + p_K - p_K.detach())[:, None]
         packing = segments.concepts
-        attend = SelfAttend(packing, self.config.attention_backend)
+        attends = [SelfAttend(packing, self.config.attention_backend)] * self.config.n_concept_layers
         pooled_KW = self.concepts.pool(h_TW, segments)
-        return self._stack("think")(pooled_KW, gate_K1, self.rotary(packing.position_T), attend, packing.position_T)
+        return self._stack("think")(pooled_KW, gate_K1, self.rotary(packing.position_T), attends, packing.position_T)
 
     def _read(self, segments: Segments) -> Read:
         config = self.config
@@ -308,8 +373,8 @@ class Model(nn.Module):
     def detect(self, tokens_T: Tensor, cu_seqlens: Tensor, draws_T: Tensor | None = None) -> Boundaries:
         """What `forward` would decide about the boundaries of packed tokens, at the cost of the encoder alone."""
         packing = Packing(cu_seqlens.long())
-        attend = SelfAttend(packing, self.config.attention_backend)
-        h_TW = self._stack("encode")(self.embedding(tokens_T), self.rotary(packing.position_T), attend)
+        attends = [SelfAttend(packing, self.config.attention_backend)] * len(self.encoder)
+        h_TW = self._stack("encode")(self.embedding(tokens_T), self.rotary(packing.position_T), attends)
         return self.boundary(h_TW, tokens_T, packing, draws_T)
 
     def compile_stacks(self, **options: Any) -> None:

@@ -164,9 +164,11 @@ class _Trainer:
         self.corpus = open_corpus(config.data)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.device_name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
-        bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and self.device.type == "cuda")
+        bf16 = config.train.is_bf16(self.device.type)
         self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
         self.model = prepare_model(config, self.corpus).to(self.device)
+        if config.train.compile:
+            self.model.compile_stacks()
         self.optimizer = build_optimizer(self.model, config.optim)
         self.tally, self.step = _Tally(), 0
         self.metrics_path = run_dir / "metrics.jsonl"
