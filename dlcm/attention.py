@@ -3,15 +3,18 @@
 Shape legend: T tokens, K concepts, H query heads, G key-value heads (H a multiple of G), A head width.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dlcm.backends import reference, sdpa
+from dlcm.backends import causal_cpu, ops, reference, sdpa
 from dlcm.concepts import Packing, Segments
+from dlcm.errors import UserError
 
 
 def self_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, packing: Packing, backend: str) -> Tensor:
@@ -22,14 +25,35 @@ def self_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, packing: Packing
         k_TGA: keys, grouped: query head i reads key head i // (H / G).
         v_TGA: values.
         packing: which positions form a sequence.
-        backend: that of the model; only `reference` makes a difference here.
+        backend: that of the model; `reference` and `sdpa` mean the same here, all others the fastest kernel there is.
 
     Returns:
         (T, H, A).
     """
+    if torch.compiler.is_compiling():
+        return ops.self_attention(q_THA, k_TGA, v_TGA, packing.cu_seqlens_S1)[0]
     if backend == "reference":
         return reference.self_attention(q_THA, k_TGA, v_TGA, packing)
-    return sdpa.self_attention(q_THA, k_TGA, v_TGA, packing)
+    if backend == "sdpa":
+        return sdpa.self_attention(q_THA, k_TGA, v_TGA, packing)
+    return causal(q_THA, k_TGA, v_TGA, packing)
+
+
+def causal(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, packing: Packing, scale: float | None = None) -> Tensor:
+    """Causal self-attention by the fastest kernel for the device and dtype.
+
+    Args:
+        q_THA: queries.
+        k_TGA: keys.
+        v_TGA: values.
+        packing: which positions form a sequence.
+        scale: of the scores; 1 / sqrt(A) by default.
+    """
+    if q_THA.device.type == "cpu":
+        return ops.Pair.apply(q_THA, k_TGA, v_TGA, causal_cpu, packing, scale)
+    if _has_flash(q_THA):
+        return import_module("dlcm.backends.varlen").self_attention(q_THA, k_TGA, v_TGA, packing, scale)
+    return sdpa.self_attention(q_THA, k_TGA, v_TGA, packing, scale)
 
 
 def cross_attention(
@@ -64,11 +88,7 @@ def cross_attention(
     Returns:
         (T, H, A).
     """
-    out_THA = _cross_backend(backend, q_THA)(q_THA, k_KGA, v_KGA, segments, own_segment, log_length)
-    if null_GA is None:
-        return out_THA
-    null_HA = null_GA.repeat_interleave(q_THA.shape[1] // null_GA.shape[0], dim=0)
-    return torch.where((segments.ordinal_T == 0)[:, None, None], null_HA, out_THA)
+    return CrossAttend(segments, own_segment, log_length, backend)(q_THA, k_KGA, v_KGA, null_GA)
 
 
 @dataclass(frozen=True)
@@ -83,39 +103,95 @@ class SelfAttend:
         return self_attention(q_THA, k_TGA, v_TGA, self.packing, self.backend)
 
 
-@dataclass(frozen=True)
 class CrossAttend:
     """`cross_attention` with everything but its tensors chosen."""
 
-    segments: Segments
-    own_segment: bool
-    log_length: bool
-    backend: str
+    def __init__(self, segments: Segments, own_segment: bool, log_length: bool, backend: str) -> None:
+        self.segments, self.own_segment, self.log_length, self.backend = segments, own_segment, log_length, backend
+        # Computed here, outside of what is compiled: its making has shapes that depend on the data.
+        lo_T, hi_T = segments.visible(False)
+        self.in_first_T11 = (lo_T == hi_T)[:, None, None]
 
     def __call__(self, q_THA: Tensor, k_KGA: Tensor, v_KGA: Tensor, null_GA: Tensor | None) -> Tensor:
         """Outputs (T, H, A)."""
-        return cross_attention(
-            q_THA,
-            k_KGA,
-            v_KGA,
-            null_GA,
-            self.segments,
-            own_segment=self.own_segment,
-            log_length=self.log_length,
-            backend=self.backend,
-        )
+        if torch.compiler.is_compiling():
+            tokens, concepts = self.segments.tokens.cu_seqlens_S1, self.segments.concepts.cu_seqlens_S1
+            where = tokens, concepts, self.segments.segment_T, self.segments.lengths_K
+            out_THA = ops.cross_attention(q_THA, k_KGA, v_KGA, *where, self.own_segment, self.log_length)[0]
+        else:
+            out_THA = self._concepts(q_THA, k_KGA, v_KGA)
+        if null_GA is None:
+            return out_THA
+        null_HA = null_GA.repeat_interleave(q_THA.shape[1] // null_GA.shape[0], dim=0)
+        return torch.where(self.in_first_T11, null_HA, out_THA)
+
+    def _concepts(self, q_THA: Tensor, k_KGA: Tensor, v_KGA: Tensor) -> Tensor:
+        if not k_KGA.shape[0]:
+            return q_THA * 0.0  # no concepts, so no tokens either: empty, with a gradient
+        where = self.segments, self.own_segment, self.log_length
+        name = resolve(self.backend, q_THA)
+        if name == "staircase" and not q_THA.is_cuda:
+            return ops.Pair.apply(q_THA, k_KGA, v_KGA, ops.cross_pair(q_THA.device), *where)
+        module = "staircase_triton" if name == "staircase" else name
+        return import_module(f"dlcm.backends.{module}").cross_attention(q_THA, k_KGA, v_KGA, *where)
 
 
 def resolve(backend: str, like: Tensor) -> str:
-    """The backend that `auto` stands for, by device and dtype of the queries; any other name stands for itself."""
-    if backend != "auto":
-        return backend
-    return "sdpa"
+    """The backend that `auto` stands for, by device and dtype of the queries; any other name stands for itself.
+
+    On a CPU this is `staircase`, the fastest there from single short documents to long ones; on a GPU it is `staircase` in
+    half precision and `sdpa` in fp32, for which its kernels are not made.
+
+    Raises:
+        UserError: `staircase` on a GPU without Triton.
+    """
+    if backend == "auto":
+        return "staircase" if like.device.type == "cpu" or (_is_half(like) and _has_triton()) else "sdpa"
+    if backend == "staircase" and like.device.type != "cpu" and not _has_triton():
+        raise UserError(
+            "attention_backend: staircase needs Triton on a GPU, which is not installed; "
+            "install it (pip install triton) or set attention_backend: sdpa"
+        )
+    return backend
 
 
-def _cross_backend(backend: str, like: Tensor) -> Callable[..., Tensor]:
-    name = resolve(backend, like)
-    if name == "staircase":
-        # Triton is imported where it is used: a CPU machine need not have it.
-        name = "staircase_triton" if like.is_cuda else "staircase_cpu"
-    return import_module(f"dlcm.backends.{name}").cross_attention
+def check_compilable(backend: str) -> None:
+    """Refuse to compile a model with a backend that the compiler cannot take.
+
+    Raises:
+        UserError: the backend is not one operator with a gradient of its own.
+    """
+    if backend not in ("auto", "staircase"):
+        raise UserError(
+            f"torch.compile does not work with attention_backend: {backend}; "
+            "set attention_backend: auto or staircase, or train without compiling"
+        )
+
+
+def mark_dynamic(inputs: Iterable[Any]) -> None:
+    """Tell the compiler that the number of packed sequences differs between batches.
+
+    Args:
+        inputs: of a function to compile; those that attend, or are sequences of what attends, count.
+    """
+    for item in inputs:
+        if isinstance(item, list | tuple):
+            mark_dynamic(item)
+        elif isinstance(item, SelfAttend):
+            torch._dynamo.mark_dynamic(item.packing.cu_seqlens_S1, 0)
+        elif isinstance(item, CrossAttend):
+            torch._dynamo.mark_dynamic(item.segments.tokens.cu_seqlens_S1, 0)
+            torch._dynamo.mark_dynamic(item.segments.concepts.cu_seqlens_S1, 0)
+
+
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _is_half(like: Tensor) -> bool:
+    return like.dtype in (torch.bfloat16, torch.float16)
+
+
+def _has_flash(like: Tensor) -> bool:
+    """Whether flash kernels take these queries: half precision, and a GPU of Ampere or newer."""
+    return like.is_cuda and _is_half(like) and torch.cuda.get_device_capability(like.device)[0] >= 8

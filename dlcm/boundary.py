@@ -13,9 +13,10 @@ Shape legend: T packed tokens, W token width, S scan width, V vocabulary.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -88,23 +89,90 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def ratio_loss(rate: Tensor | float, prob_sum: Tensor, n_tokens: int | Tensor, ratio: float) -> Tensor:
-    """The ratio loss (eq 10): R^2 / (R - 1) (F - 1/R)(G - 1/R), with G = prob_sum / n_tokens.
+@dataclass(frozen=True)
+class RateStatistics:
+    """The sums that F and G are made of, over the global batch: all tokens of all micro-batches of all ranks.
+
+    Attributes:
+        n_boundaries: float64, sum of b.
+        prob: G, float64; its value is global, its gradient that of the part it was made from, times the number of ranks.
+        n_tokens: float64, number of tokens.
+        n_ranks: processes that the sums were taken over.
+    """
+
+    n_boundaries: Tensor
+    prob: Tensor
+    n_tokens: Tensor
+    n_ranks: int = 1
+
+    @property
+    def rate(self) -> Tensor:
+        """F, the share of boundaries; no gradient."""
+        return self.n_boundaries / self.n_tokens
+
+    def through(self, prob_sum: Tensor) -> "RateStatistics":
+        """The same statistics, with the gradient of G with respect to the part whose sum of p is `prob_sum`.
+
+        The gradients of the parts of one rank add up. Those of the ranks are averaged, as data-parallel training does, so
+        each is multiplied by their number; the average then is the exact gradient, however unequal the ranks' tokens are.
+        """
+        part = prob_sum.double() * self.n_ranks / self.n_tokens
+        return replace(self, prob=self.prob.detach() + (part - part.detach()))
+
+
+def global_statistics(
+    n_boundaries: Tensor | float,
+    prob_sum: Tensor,
+    n_tokens: int,
+    group: dist.ProcessGroup | None = None,
+) -> RateStatistics:
+    """Sums over the tokens of this process -> statistics of the global batch. Every rank of the group must call it.
+
+    Args:
+        n_boundaries: boundaries here.
+        prob_sum: sum of p here; its gradient is kept.
+        n_tokens: tokens here.
+        group: processes that share a batch; by default torch's default group where one is initialised, else this process
+            alone.
+    """
+    parts = (n_boundaries, prob_sum.detach(), n_tokens)
+    sums_3 = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=prob_sum.device) for x in parts])
+    n_ranks = _n_ranks(group)
+    if n_ranks > 1:
+        dist.all_reduce(sums_3, group=group)
+    boundaries, prob, tokens = sums_3.unbind()
+    return RateStatistics(boundaries, prob / tokens, tokens, n_ranks).through(prob_sum)
+
+
+def gather_scores(scores_T: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Scores of all ranks one after the other, the same on every rank; `group` as in `global_statistics`."""
+    n_ranks = _n_ranks(group)
+    if n_ranks == 1:
+        return scores_T
+    counts = [torch.zeros(1, dtype=torch.int64, device=scores_T.device) for _ in range(n_ranks)]
+    dist.all_gather(counts, torch.tensor([scores_T.numel()], device=scores_T.device), group=group)
+    longest = max(int(count) for count in counts)
+    padded = [scores_T.new_empty(longest) for _ in range(n_ranks)]
+    dist.all_gather(padded, F.pad(scores_T, (0, longest - scores_T.numel())), group=group)
+    return torch.cat([part[: int(count)] for part, count in zip(padded, counts)])
+
+
+def _n_ranks(group: dist.ProcessGroup | None) -> int:
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    return dist.get_world_size(group)
+
+
+def ratio_loss(statistics: RateStatistics, ratio: float) -> Tensor:
+    """The ratio loss (eq 10): R^2 / (R - 1) (F - 1/R)(G - 1/R), of the global batch.
 
     This equals R / (R - 1) [(R - 1) F G + (1 - F)(1 - G)] - 1. It is a saddle, not a distance: -1 at (F, G) = (0, 1).
 
-    F and G are statistics of the whole global batch. `rate` must already be so (it carries no gradient); `prob_sum` may be
-    the part of one micro-batch or rank as long as `n_tokens` is the global count: the gradients of the parts then *add up*
-    to the gradient of the whole, while the values do only at F = 1/R. Where ranks are averaged rather than summed,
-    multiply by the number of ranks.
-
     Args:
-        rate: F, the share of boundaries among all tokens of the global batch.
-        prob_sum: sum of p over the tokens at hand; carries the gradient.
-        n_tokens: tokens of the global batch.
+        statistics: F and G; only G carries a gradient.
         ratio: R > 1.
     """
-    return ratio**2 / (ratio - 1.0) * (rate - 1.0 / ratio) * (prob_sum / n_tokens - 1.0 / ratio)
+    return ratio**2 / (ratio - 1.0) * (statistics.rate - 1.0 / ratio) * (statistics.prob - 1.0 / ratio)
 
 
 class BoundaryDetector(nn.Module):
@@ -145,6 +213,15 @@ class BoundaryDetector(nn.Module):
     def is_controlled(self) -> bool:
         """Whether the controller moves the offsets: only scores that are compared with something can be moved."""
         return self.config.control == "bias" and self.config.detector in ("learned", "cosine", "random")
+
+    @property
+    def controlled_offset(self) -> float | None:
+        """What the controller adds to the scores, in logits, where training decides; None without a controller."""
+        return float(self._deciding_offset) if self.is_controlled else None
+
+    @property
+    def _deciding_offset(self) -> Tensor:
+        return self.offset_sample if self.samples else self.offset_threshold
 
     def forward(self, h_TW: Tensor, tokens_T: Tensor, packing: Sequences, draws_T: Tensor | None = None) -> Boundaries:
         """Decide the boundaries of packed tokens.
@@ -204,7 +281,7 @@ class BoundaryDetector(nn.Module):
             return torch.log1p(-cosine_T) - torch.log1p(cosine_T)
 
     @torch.no_grad()
-    def control(self, rate: float, scores_T: Tensor, *, first_step: bool = False) -> None:
+    def control(self, rate: Tensor | float, scores_T: Tensor, *, first_step: bool = False) -> None:
         """Move the offsets after a step towards a boundary rate of 1/R.
 
         The offset that decides in training is under integral control, o -= gain (F - 1/R) / (dF/do), with the slope known
@@ -227,7 +304,7 @@ class BoundaryDetector(nn.Module):
             self.offset_sample.copy_(-quantile)
             return
         step = self.config.control_gain * (rate - 1.0 / self.ratio) / slope
-        deciding = self.offset_sample if self.samples else self.offset_threshold
+        deciding = self._deciding_offset
         deciding -= step.clamp(-_LARGEST_STEP, _LARGEST_STEP)
         if self.samples:
             self.offset_threshold.lerp_(-quantile, _QUANTILE_RATE)

@@ -50,6 +50,13 @@ def train_verb(config: ConfigFile, run_dir: RunDir, as_json: AsJson = False) -> 
             f"validation: {result.loss_nats:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte, "
             f"{result.tokens_per_concept:.2f} tokens per concept"
         )
+    for name, found in (result.domains or {}).items():
+        if found["tokens"] and found["loss_nats"] is not None:
+            ratio = found["tokens_per_concept"]
+            print(
+                f"  {name}: {found['tokens']:,} tokens, {found['loss_nats']:.4f} nats per token, "
+                + ("no concept begins here" if ratio is None else f"{ratio:.2f} tokens per concept")
+            )
     print(f"written to {run_dir}")
 
 

@@ -3,6 +3,7 @@
 Shape legend: T tokens and K concepts of all documents, packed flat; S documents; W, C widths of tokens and concepts.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+# Padded concepts come in multiples of this, which suits matrix units.
+_PADDING = 64
 
 
 class Sequences(Protocol):
@@ -185,6 +189,19 @@ def segment(boundaries_T: Tensor, tokens: Packing, pad_to: Callable[[int], int] 
         lengths_K = F.pad(lengths_K, (0, n_padding))
         per_document_S = F.pad(per_document_S, (0, 1), value=n_padding)
     return Segments(tokens, Packing.from_lengths(per_document_S), boundaries_T.cumsum(0) - 1, lengths_K, n_concepts)
+
+
+def concept_bound(n_tokens: int, ratio: float, n_concepts: int) -> int:
+    """Rows that `n_concepts` concepts of `n_tokens` tokens are padded to: the same number for almost every batch.
+
+    With the rate at 1/R the number of concepts varies by about sqrt(T/R) around T/R; the bound lies six of that above.
+    A batch beyond it, as before the rate is under control, takes the next doubling, and T at most.
+    """
+    expected = n_tokens / ratio
+    bound = expected + 6.0 * math.sqrt(expected)
+    while bound < n_concepts:
+        bound *= 2.0
+    return min(-(-math.ceil(bound) // _PADDING) * _PADDING, max(n_tokens, n_concepts))
 
 
 def pool_mean(x_TW: Tensor, segments: Segments) -> Tensor:

@@ -94,8 +94,8 @@ class ModelConfig(Frozen):
     cross_attention: Literal["every_layer", "once"] = Field(
         default="every_layer", description="cross-attention in each decoder layer, or in the first alone"
     )
-    attention_backend: Literal["auto", "reference", "sdpa"] = Field(
-        default="auto", description="how attention is computed"
+    attention_backend: Literal["auto", "reference", "sdpa", "replicated", "flex", "staircase"] = Field(
+        default="auto", description="how attention is computed; `auto` takes the fastest for device and dtype"
     )
     tie_embeddings: bool = Field(default=False, description="share the embedding with the unembedding")
     rope_theta: float = Field(default=10_000.0, gt=0.0, description="base of the rotary frequencies")

@@ -1,14 +1,18 @@
-"""Building blocks of every stack: linear maps that know their fan-in, rotary positions, attention, SwiGLU, the block.
+"""Building blocks of every stack: linear maps that know their fan-in, rotary positions, attention, SwiGLU, the blocks.
 
-Shape legend: T packed positions (tokens or concepts), W width, H query heads, G key-value heads, A head width.
+Shape legend: T packed positions (tokens, in a block of the backbone concepts), K concepts, W width of a block, C width of
+concepts, H query heads, G key-value heads, A head width.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dlcm.config import ModelConfig
 
 Side = Literal["token", "concept"]
 # Queries, keys and values (T, H, A), (T, G, A), (T, G, A) to outputs (T, H, A): who sees whom is the caller's to say.
@@ -98,6 +102,76 @@ class Block(nn.Module):
     def forward(self, x_TW: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         """Return the block's output, (T, W)."""
         return self.feed_forward(self.mix(x_TW, rotary, attend))
+
+
+def token_block(config: ModelConfig) -> Block:
+    """A block of encoder or decoder."""
+    heads = config.n_heads_token, config.n_kv_heads_token, config.d_head
+    return Block(config.d_token, *heads, config.d_ff_token, "token")
+
+
+def concept_block(config: ModelConfig) -> Block:
+    """A block of the backbone."""
+    heads = config.n_heads_concept, config.n_kv_heads_concept, config.d_head
+    return Block(config.d_concept, *heads, config.d_ff_concept, "concept")
+
+
+@dataclass(frozen=True)
+class Concepts:
+    """What tokens attend to: the concepts, and the null concept (1, C) that first segments see (None with `pooling: first`)."""
+
+    z_KC: Tensor
+    null_1C: Tensor | None
+
+
+# Queries (T, H, A), keys and values (K, G, A) of concepts and the null concept's value (G, A) or None to outputs (T, H, A).
+Read = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+class CrossAttention(nn.Module):
+    """Tokens attend to the concepts they may see (eqs 12-16). No rotary: eqs 12-14 have none."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d_head, d_q = config.d_head, config.n_heads_token * config.d_head
+        d_kv = config.n_kv_heads_token * d_head
+        self.d_head = d_head
+        self.norm = RMSNorm(config.d_token, "token")
+        self.w_q = Linear(config.d_token, d_q, "token")
+        # K and V read the concept width: by fan-in they belong to the concept side, though the module is the decoder's.
+        self.w_k, self.w_v = Linear(config.d_concept, d_kv, "concept"), Linear(config.d_concept, d_kv, "concept")
+        self.w_o = Linear(d_q, config.d_token, "token")
+        self.q_norm, self.k_norm = RMSNorm(d_head, "token"), RMSNorm(d_head, "token")
+
+    def forward(self, x_TW: Tensor, concepts: Concepts, read: Read) -> Tensor:
+        """Return the cross-attention branch, (T, W)."""
+        q_THA = self.q_norm(split_heads(self.w_q(self.norm(x_TW)), self.d_head))
+        k_KGA, v_KGA, null_GA = self.keys_values(concepts)
+        return self.w_o(read(q_THA.to(v_KGA.dtype), k_KGA, v_KGA, null_GA).flatten(1))
+
+    def keys_values(self, concepts: Concepts) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values (K, G, A) of the concepts and the value (G, A) of the null concept, if any."""
+        v_KGA = split_heads(self.w_v(concepts.z_KC), self.d_head)
+        k_KGA = self.k_norm(split_heads(self.w_k(concepts.z_KC), self.d_head)).to(v_KGA.dtype)
+        null_GA = None if concepts.null_1C is None else split_heads(self.w_v(concepts.null_1C), self.d_head)[0]
+        return k_KGA, v_KGA, null_GA
+
+
+class DecoderBlock(nn.Module):
+    """A block with cross-attention between self-attention and feed-forward; `cross` is None where a layer has none."""
+
+    def __init__(self, config: ModelConfig, with_cross: bool) -> None:
+        super().__init__()
+        self.block = token_block(config)
+        self.cross = CrossAttention(config) if with_cross else None
+
+    def forward(self, x_TW: Tensor, concepts: Concepts, rotary: Rotary, attend: Attend, read: Read | None) -> Tensor:
+        """Return the block's output, (T, W)."""
+        x_TW = self.block.mix(x_TW, rotary, attend)
+        if self.cross is not None:
+            assert read is not None
+            x_TW = x_TW + self.cross(x_TW, concepts, read)
+        return self.block.feed_forward(x_TW)
 
 
 def split_heads(x_TW: Tensor, d_head: int) -> Tensor:

@@ -14,7 +14,6 @@ Shape legend: B batch, T tokens (packed), K concepts (packed), S documents, W to
 H query heads, G key-value heads, A head width, V vocabulary.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -24,17 +23,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dlcm.attention import CrossAttend, SelfAttend
+from dlcm.attention import CrossAttend, SelfAttend, check_compilable, mark_dynamic
 from dlcm.boundary import Boundaries, BoundaryDetector
-from dlcm.cache import Cache
-from dlcm.concepts import Packing, Segments, pool_first, pool_mean, segment, shift
+from dlcm.cache import Cache, Chunk
+from dlcm.concepts import Packing, Segments, concept_bound, pool_first, pool_mean, segment, shift
 from dlcm.config import ModelConfig
-from dlcm.layers import Attend, Block, Linear, RMSNorm, Rotary, split_heads
+from dlcm.layers import (
+    Attend,
+    Concepts,
+    DecoderBlock,
+    Linear,
+    Read,
+    RMSNorm,
+    Rotary,
+    concept_block,
+    token_block,
+)
 
 # Taps of the causal smoother over concepts, the own one included.
 SMOOTHER_WIDTH = 4
-# Padded concepts come in multiples of this, which suits matrix units.
-_PADDING = 64
 
 
 @dataclass(frozen=True)
@@ -66,64 +73,6 @@ class Output:
         return self.boundaries.numel() / max(self.n_concepts, 1)
 
 
-@dataclass(frozen=True)
-class Concepts:
-    """What tokens attend to: the concepts, and the null concept (1, C) that first segments see (None with `pooling: first`)."""
-
-    z_KC: Tensor
-    null_1C: Tensor | None
-
-
-# Queries (T, H, A), keys and values (K, G, A) of concepts and the null concept's value (G, A) or None to outputs (T, H, A).
-Read = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-
-
-class CrossAttention(nn.Module):
-    """Tokens attend to the concepts they may see (eqs 12-16). No rotary: eqs 12-14 have none."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        d_head, d_q = config.d_head, config.n_heads_token * config.d_head
-        d_kv = config.n_kv_heads_token * d_head
-        self.d_head = d_head
-        self.norm = RMSNorm(config.d_token, "token")
-        self.w_q = Linear(config.d_token, d_q, "token")
-        # K and V read the concept width: by fan-in they belong to the concept side, though the module is the decoder's.
-        self.w_k, self.w_v = Linear(config.d_concept, d_kv, "concept"), Linear(config.d_concept, d_kv, "concept")
-        self.w_o = Linear(d_q, config.d_token, "token")
-        self.q_norm, self.k_norm = RMSNorm(d_head, "token"), RMSNorm(d_head, "token")
-
-    def forward(self, x_TW: Tensor, concepts: Concepts, read: Read) -> Tensor:
-        """Return the cross-attention branch, (T, W)."""
-        q_THA = self.q_norm(split_heads(self.w_q(self.norm(x_TW)), self.d_head))
-        k_KGA, v_KGA, null_GA = self.keys_values(concepts)
-        return self.w_o(read(q_THA.to(v_KGA.dtype), k_KGA, v_KGA, null_GA).flatten(1))
-
-    def keys_values(self, concepts: Concepts) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values (K, G, A) of the concepts and the value (G, A) of the null concept, if any."""
-        v_KGA = split_heads(self.w_v(concepts.z_KC), self.d_head)
-        k_KGA = self.k_norm(split_heads(self.w_k(concepts.z_KC), self.d_head)).to(v_KGA.dtype)
-        null_GA = None if concepts.null_1C is None else split_heads(self.w_v(concepts.null_1C), self.d_head)[0]
-        return k_KGA, v_KGA, null_GA
-
-
-class DecoderBlock(nn.Module):
-    """A block with cross-attention between self-attention and feed-forward; `cross` is None where a layer has none."""
-
-    def __init__(self, config: ModelConfig, with_cross: bool) -> None:
-        super().__init__()
-        self.block = Block(*_token_shape(config))
-        self.cross = CrossAttention(config) if with_cross else None
-
-    def forward(self, x_TW: Tensor, concepts: Concepts, rotary: Rotary, attend: Attend, read: Read | None) -> Tensor:
-        """Return the block's output, (T, W)."""
-        x_TW = self.block.mix(x_TW, rotary, attend)
-        if self.cross is not None:
-            assert read is not None
-            x_TW = x_TW + self.cross(x_TW, concepts, read)
-        return self.block.feed_forward(x_TW)
-
-
 class ConceptStack(nn.Module):
     """Pooling, backbone and smoother: token states and boundaries in, concepts that tokens can attend to out."""
 
@@ -133,7 +82,7 @@ class ConceptStack(nn.Module):
         super().__init__()
         self.config = config
         self.w_up = Linear(config.d_token, config.d_concept, "token")
-        self.blocks = nn.ModuleList(Block(*_concept_shape(config)) for _ in range(config.n_concept_layers))
+        self.blocks = nn.ModuleList(concept_block(config) for _ in range(config.n_concept_layers))
         self.norm = RMSNorm(config.d_concept, "concept")
         if config.smoothing == "causal":
             self.smoother_4C = nn.Parameter(torch.empty(SMOOTHER_WIDTH, config.d_concept))
@@ -185,7 +134,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_token)
-        self.encoder = nn.ModuleList(Block(*_token_shape(config)) for _ in range(config.n_encoder_layers))
+        self.encoder = nn.ModuleList(token_block(config) for _ in range(config.n_encoder_layers))
         if config.boundary is not None:
             self.boundary = BoundaryDetector(config.boundary, config.d_token, config.vocab_size)
             self.concepts = ConceptStack(config)
@@ -260,17 +209,9 @@ class Model(nn.Module):
         packing = Packing(_bounds(tokens, cu_seqlens))
         rotary, attend = self.rotary(packing.position_T), SelfAttend(packing, self.config.attention_backend)
         x_TW = self._stack("encode")(self.embedding(tokens_T), rotary, [attend] * len(self.encoder))
-        segments = detection = None
-        if self.config.is_dense:
-            decision_T, prob_T = torch.ones_like(tokens_T, dtype=torch.bool), torch.ones_like(x_TW[:, 0])
-        else:
-            if boundaries is None:
-                draws_T = None if draws is None else draws.flatten()
-                detection = self.boundary(x_TW, tokens_T, packing, draws_T)
-                decision_T, prob_T = detection.decision_T, detection.prob_T
-            else:
-                decision_T = boundaries.flatten()
-                prob_T = decision_T.float()
+        decision_T, prob_T, detection = self._decide(x_TW, tokens_T, packing, _flat(boundaries), _flat(draws))
+        segments = None
+        if not self.config.is_dense:
             segments = segment(decision_T, packing, self._padding(packing))
             concepts = self._concepts(x_TW, segments, detection)
             attends, reads = [attend] * len(self.decoder), [self._read(segments)] * self.config.n_cross_attentions
@@ -299,16 +240,9 @@ class Model(nn.Module):
         chunk, tokens_T = cache.chunk(real_Bt.sum(1)), tokens_Bt[real_Bt]
         rotary = self.rotary(chunk.position_T)
         x_TW = self.encode(self.embedding(tokens_T), rotary, chunk.self_attends(cache.encoder))
-        detection = None
-        if self.config.is_dense:
-            decision_T, prob_T = torch.ones_like(tokens_T, dtype=torch.bool), torch.ones_like(x_TW[:, 0])
-        else:
-            if boundaries is None:
-                detection = self.boundary(x_TW, tokens_T, chunk, None if draws is None else draws[real_Bt])
-                decision_T, prob_T = detection.decision_T, detection.prob_T
-            else:
-                decision_T = boundaries[real_Bt]
-                prob_T = decision_T.float()
+        injected_T, draws_T = (None if x is None else x[real_Bt] for x in (boundaries, draws))
+        decision_T, prob_T, detection = self._decide(x_TW, tokens_T, chunk, injected_T, draws_T)
+        if not self.config.is_dense:
             cut = chunk.cut(decision_T, x_TW)
             concepts = Concepts(x_TW.new_zeros(0, self.config.d_concept), self.concepts.null_1C)
             if cut.pooled_KW.shape[0]:
@@ -323,6 +257,22 @@ class Model(nn.Module):
             return x_T.new_zeros(n_rows, width, *x_T.shape[1:]).index_put((real_Bt,), x_T)
 
         return Output(spread(logits_TV), spread(decision_T), spread(prob_T), None, detection)
+
+    def _decide(
+        self,
+        h_TW: Tensor,
+        tokens_T: Tensor,
+        sequences: Packing | Chunk,
+        injected_T: Tensor | None,
+        draws_T: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Boundaries | None]:
+        """Decisions, their probabilities, and what the detector said, if it was asked."""
+        if self.config.is_dense:
+            return torch.ones_like(tokens_T, dtype=torch.bool), torch.ones_like(h_TW[:, 0]), None
+        if injected_T is not None:
+            return injected_T, injected_T.float(), None
+        found = self.boundary(h_TW, tokens_T, sequences, draws_T)
+        return found.decision_T, found.prob_T, found
 
     def encode(self, x_TW: Tensor, rotary: Rotary, attends: Sequence[Attend]) -> Tensor:
         """Embedded tokens to encoder states, (T, W). `attends`: one function a layer, here and in the other stacks."""
@@ -345,8 +295,8 @@ class Model(nn.Module):
         return x_TW
 
     def head(self, x_TW: Tensor) -> Tensor:
-        """Logits (T, V) of the last states."""
-        return self.unembedding(self.norm(x_TW)) / self.config.mup_scale_token
+        """Logits (T, V) of the last states. The multiplier is applied to the states: V is the larger width."""
+        return self.unembedding(self.norm(x_TW) / self.config.mup_scale_token)
 
     def rotary(self, position_T: Tensor) -> Rotary:
         """Rotary embedding at these positions; tokens and concepts have heads of one width."""
@@ -386,11 +336,22 @@ class Model(nn.Module):
 
         Args:
             options: passed to `torch.compile`, for example `backend`.
+
+        Raises:
+            UserError: the attention backend cannot be compiled.
         """
-        self._compiled = {
-            name: torch.compile(getattr(self, name), fullgraph=True, **options)
-            for name in ("encode", "think", "decode")
-        }
+        check_compilable(self.config.attention_backend)
+
+        def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+            graph = torch.compile(function, fullgraph=True, **options)
+
+            def call(*inputs: Any) -> Any:
+                mark_dynamic(inputs)
+                return graph(*inputs)
+
+            return call
+
+        self._compiled = {name: compiled(getattr(self, name)) for name in ("encode", "think", "decode")}
 
     def _stack(self, name: str) -> Callable[..., Any]:
         return self._compiled[name] if self.training and self._compiled else getattr(self, name)
@@ -399,19 +360,6 @@ class Model(nn.Module):
         if not (self.training and self._compiled):
             return None
         return lambda n_concepts: concept_bound(packing.n_total, self.config.compression_target, n_concepts)
-
-
-def concept_bound(n_tokens: int, ratio: float, n_concepts: int) -> int:
-    """Rows that `n_concepts` concepts of `n_tokens` tokens are padded to: the same number for almost every batch.
-
-    With the rate at 1/R the number of concepts varies by about sqrt(T/R) around T/R; the bound lies six of that above.
-    A batch beyond it, as before the rate is under control, takes the next doubling, and T at most.
-    """
-    expected = n_tokens / ratio
-    bound = expected + 6.0 * math.sqrt(expected)
-    while bound < n_concepts:
-        bound *= 2.0
-    return min(-(-math.ceil(bound) // _PADDING) * _PADDING, max(n_tokens, n_concepts))
 
 
 def build_model(config: ModelConfig, *, seed: int = 0) -> Model:
@@ -434,18 +382,12 @@ def next_token_loss(output: Output, targets: Tensor, *, reduction: str = "mean")
     )
 
 
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.flatten()
+
+
 def _bounds(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is not None:
         return cu_seqlens.long()
     n, length = tokens.shape if tokens.dim() == 2 else (1, tokens.shape[0])
     return torch.arange(n + 1, device=tokens.device) * length
-
-
-def _token_shape(config: ModelConfig):
-    heads = config.n_heads_token, config.n_kv_heads_token, config.d_head
-    return config.d_token, *heads, config.d_ff_token, "token"
-
-
-def _concept_shape(config: ModelConfig):
-    heads = config.n_heads_concept, config.n_kv_heads_concept, config.d_head
-    return config.d_concept, *heads, config.d_ff_concept, "concept"

@@ -4,6 +4,11 @@
     metrics.jsonl       one line a log interval     checkpoints/     the newest two, atomic
     result.json         written last: its presence is what "finished" means
 
+A line of metrics.jsonl holds, over the steps since the line before: `loss_nats`, `boundary_rate` (F, the share of tokens
+that were boundaries), `boundary_prob` (G, the mean of p), `tokens_per_concept` (1/F); and at its step: `step`, `tokens`, `lr`,
+`tokens_per_s`, `grad_norm`, and `boundary_offset`, what the controller adds to the score (in logits) before it decides, null
+without a controller. F, G and the controller are those of the global batch, over all micro-batches and ranks.
+
 A run is a function of its config: data order and boundary draws depend on (seed, step, position) alone, and a run that was
 killed continues from its last checkpoint to the same bits (CPU, same number of threads).
 """
@@ -18,7 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlcm.boundary import delimiter_table, ratio_loss, uniform_draws
+from dlcm.boundary import (
+    RateStatistics,
+    delimiter_table,
+    gather_scores,
+    global_statistics,
+    ratio_loss,
+    uniform_draws,
+)
 from dlcm.checkpoint import check_corpus, corpus_record, load_checkpoint, save_checkpoint
 from dlcm.config import SCHEMA_VERSION, RunConfig
 from dlcm.errors import UserError
@@ -26,6 +38,8 @@ from dlcm.model import Model, build_model, next_token_loss
 from dlcm.optim import build_optimizer, lr_factor
 from dlcm.provenance import describe_environment
 from dlcm.record import append_metrics, cut_metrics, read_json, run_lock, write_json
+from dlcm.result import Result as Result
+from dlcm.result import load_result as load_result
 from dlcm.shards import Batch, Corpus, open_corpus
 from dlcm.validation import calibrate_threshold, evaluate_loss
 
@@ -44,38 +58,6 @@ class Progress:
     tokens: int
     loss_nats: float
     tokens_per_s: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """The content of `result.json`; None where the run diverged.
-
-    Attributes:
-        loss_nats: validation loss, nats per token.
-        bits_per_byte: the same in bits per UTF-8 byte.
-        tokens_per_concept: realised R on the validation set, under the calibrated threshold that the loss is measured with.
-        tokens_per_concept_train: realised R in training, over the last tenth of the steps.
-        tokens_per_concept_uncalibrated: what R on the validation set would be under the threshold followed in training.
-        epochs: how often the training split was gone through.
-        params: counts by group.
-        wall_s: seconds of training and evaluation, over all interruptions.
-    """
-
-    run_id: str
-    status: str
-    step: int
-    tokens: int
-    loss_nats: float | None
-    bits_per_byte: float | None
-    tokens_per_concept: float | None
-    tokens_per_concept_train: float | None
-    tokens_per_concept_uncalibrated: float | None
-    epochs: float
-    params: dict[str, int]
-    wall_s: float
-    device: str
-    reason: str | None = None
-    schema: int = SCHEMA_VERSION
 
 
 @dataclass
@@ -104,6 +86,7 @@ class _StepSums:
     loss: float = 0.0
     concepts: int = 0
     prob: float = 0.0
+    tokens: int = 0
     scores: list[Tensor] = field(default_factory=list)
 
 
@@ -128,22 +111,6 @@ def train(config: RunConfig, run_dir: Path | str, *, on_step: Callable[[Progress
         if (run_dir / "result.json").exists():
             return load_result(run_dir)
         return _Trainer(config, run_dir).run(on_step)
-
-
-def load_result(run_dir: Path) -> Result:
-    """Read `result.json` of a finished run.
-
-    Raises:
-        UserError: absent, damaged, or of another schema.
-    """
-    path = run_dir / "result.json"
-    record = read_json(path)
-    if record.get("schema") != SCHEMA_VERSION:
-        raise UserError(f"{path}: schema {record.get('schema')!r}, this version reads {SCHEMA_VERSION}")
-    try:
-        return Result(**record)
-    except TypeError as error:
-        raise UserError(f"{path}: {error}; delete it and submit the run again") from None
 
 
 def _claim(config: RunConfig, run_dir: Path) -> None:
@@ -234,11 +201,11 @@ class _Trainer:
             self.step, seed=config.seed, batch_tokens=config.train.batch_tokens, seq_len=config.data.seq_len
         )
         parts = [self._to_device(part) for part in _micro_batches(batch, config)]
-        rate = self._global_rate(parts)
+        ahead = self._statistics_ahead(parts)
         self.optimizer.zero_grad(set_to_none=True)
         sums = _StepSums()
         for part in parts:
-            self._backward(part, rate, sums)
+            self._backward(part, ahead, sums)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip_norm)
         # A step along a gradient that is not finite would destroy the weights of a run whose divergence is a result.
         if math.isfinite(float(norm)):
@@ -250,20 +217,24 @@ class _Trainer:
         tokens_T, targets_T, cu_seqlens, position_T = (x.to(self.device, non_blocking=True) for x in part)
         return tokens_T, targets_T, cu_seqlens, uniform_draws(self.config.seed, self.step, position_T)
 
-    def _global_rate(self, parts: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> float | None:
-        """F over the whole batch, before any gradient: with several micro-batches the encoder runs once more for it."""
+    def _statistics_ahead(self, parts: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> RateStatistics | None:
+        """F and G of the whole batch, before any gradient: with several micro-batches the encoder runs once more for it."""
         if len(parts) == 1 or not self._has_ratio_loss:
             return None
         with self.autocast:
-            count = sum(int(self.model.detect(tokens, cu, draws).decision_T.sum()) for tokens, _, cu, draws in parts)
-        return count / self.config.train.batch_tokens
+            found = [self.model.detect(tokens_T, cu, draws_T) for tokens_T, _, cu, draws_T in parts]
+        n_boundaries = sum(detected.decision_T.sum() for detected in found)
+        prob_sum = torch.stack([detected.prob_T.sum() for detected in found]).sum()
+        return global_statistics(n_boundaries, prob_sum, sum(tokens_T.numel() for tokens_T, *_ in parts))
 
     @property
     def _has_ratio_loss(self) -> bool:
         boundary = self.config.model.boundary
         return boundary is not None and boundary.detector == "learned" and boundary.ratio_loss_weight > 0
 
-    def _backward(self, part: tuple[Tensor, Tensor, Tensor, Tensor], rate: float | None, sums: _StepSums) -> None:
+    def _backward(
+        self, part: tuple[Tensor, Tensor, Tensor, Tensor], ahead: RateStatistics | None, sums: _StepSums
+    ) -> None:
         tokens_T, targets_T, cu_seqlens, draws_T = part
         n_tokens = self.config.train.batch_tokens
         with self.autocast:
@@ -272,28 +243,36 @@ class _Trainer:
         objective = loss_sum / n_tokens
         boundary = self.config.model.boundary
         if boundary is not None and self._has_ratio_loss:
-            here = out.n_concepts / n_tokens if rate is None else rate
-            aux = ratio_loss(here, out.boundary_prob.sum(), n_tokens, boundary.compression_ratio)
-            objective = objective + boundary.ratio_loss_weight * aux
+            prob_sum = out.boundary_prob.sum()
+            if ahead is None:
+                statistics = global_statistics(out.n_concepts, prob_sum, tokens_T.numel())
+            else:
+                statistics = ahead.through(prob_sum)
+            objective = objective + boundary.ratio_loss_weight * ratio_loss(statistics, boundary.compression_ratio)
         objective.backward()
         sums.loss += float(loss_sum.detach())
         sums.concepts += out.n_concepts
-        sums.prob += float(out.boundary_prob.detach().sum())
+        sums.prob += float(out.boundary_prob.detach().double().sum())
+        sums.tokens += tokens_T.numel()
         if out.detection is not None and out.detection.score_T is not None:
             sums.scores.append(out.detection.score_T.detach())
 
     def _account(self, sums: _StepSums) -> None:
         """Move the ratio controller and add the step to the running sums."""
-        n_tokens, tally = self.config.train.batch_tokens, self.tally
+        tally = self.tally
+        prob_sum = torch.tensor(sums.prob, dtype=torch.float64, device=self.device)
+        statistics = global_statistics(sums.concepts, prob_sum, sums.tokens)
+        n_tokens, n_concepts = int(statistics.n_tokens), int(statistics.n_boundaries)
         if sums.scores:
-            self.model.boundary.control(sums.concepts / n_tokens, torch.cat(sums.scores), first_step=self.step == 0)
+            scores_T = gather_scores(torch.cat(sums.scores))
+            self.model.boundary.control(n_concepts / n_tokens, scores_T, first_step=self.step == 0)
         tally.loss_sum += sums.loss
-        tally.boundary_sum += sums.concepts
-        tally.prob_sum += sums.prob
+        tally.boundary_sum += n_concepts
+        tally.prob_sum += float(statistics.prob) * n_tokens
         tally.n_tokens += n_tokens
         if self.step >= self.config.n_steps - max(round(FINAL_SHARE * self.config.n_steps), 1):
             tally.final_tokens += n_tokens
-            tally.final_concepts += sums.concepts
+            tally.final_concepts += n_concepts
 
     def _divergence(self, loss: float, grad_norm: float) -> str | None:
         """Why the run counts as diverged, or None."""
@@ -319,11 +298,13 @@ class _Trainer:
             "lr": self.config.optim.lr_token * lr_factor(self.config, self.step - 1),
             "boundary_rate": tally.boundary_sum / tally.n_tokens,
             "boundary_prob": tally.prob_sum / tally.n_tokens,
+            "boundary_offset": None if self.config.model.is_dense else self.model.boundary.controlled_offset,
             "tokens_per_concept": tally.n_tokens / max(tally.boundary_sum, 1),
             "tokens_per_s": round(tokens_per_s, 1),
             "grad_norm": grad_norm,
         }
-        append_metrics(self.metrics_path, {k: v if math.isfinite(v) else None for k, v in row.items()})
+        finite = {k: None if v is None or not math.isfinite(v) else v for k, v in row.items()}
+        append_metrics(self.metrics_path, finite)
         tally.reset_interval()
 
     def _result(self, reason: str | None, wall_s: float) -> Result:
@@ -344,6 +325,7 @@ class _Trainer:
             wall_s=round(wall_s, 3),
             device=self.device_name,
             reason=reason,
+            domains=measured.domains if measured else None,
         )
 
 

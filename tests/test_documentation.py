@@ -1,10 +1,12 @@
 """The documentation is true: links lead somewhere, commands and options exist, the sweep file plans."""
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from benchmarks.render import render
 from dlcm.yaml_io import load_yaml
 from sweeps import Sweep, plan
 
@@ -50,3 +52,30 @@ def test_the_cluster_block_of_the_readme_is_valid(tmp_path):
     (tmp_path / "cluster.yaml").write_text(blocks[1])
     spec = load_yaml(ROOT / "sweeps/recipes/demo.yaml") | load_yaml(tmp_path / "cluster.yaml")
     assert Sweep.from_dict(spec).cluster.partition == "gpu"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_table_of_results_is_the_recorded_one(page):
+    """`python benchmarks/render.py` brings a page up to date."""
+    assert render(page.read_text()) == page.read_text()
+
+
+def test_every_function_that_the_page_of_the_model_names_exists():
+    names = set(re.findall(r"`((?:dlcm|flops|sweeps|analysis)(?:\.\w+){2,})`", (ROOT / "docs/model.md").read_text()))
+    assert len(names) > 15
+    for name in sorted(names):
+        assert resolved(name) is not None, name
+
+
+def resolved(name: str) -> object:
+    """The object of a dotted path: as much of it as is a module, then attributes."""
+    parts = name.split(".")
+    for n in range(len(parts), 0, -1):
+        try:
+            found = import_module(".".join(parts[:n]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[n:]:
+            found = getattr(found, part)
+        return found
+    return None

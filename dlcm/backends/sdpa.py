@@ -13,25 +13,25 @@ from torch.nn import functional as F
 from dlcm.concepts import Bucket, Packing, Segments
 
 
-def self_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, packing: Packing) -> Tensor:
+def self_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, packing: Packing, scale: float | None = None) -> Tensor:
     """Causal attention within each packed sequence, (T, H, A)."""
     outputs, places = [], []
     for bucket in packing.buckets:
         if bucket.regular:
             shape = (-1, bucket.length)
             padded = [x.unflatten(0, shape).transpose(1, 2) for x in (q_THA, k_TGA, v_TGA)]
-            return _causal(padded[0], padded[1], padded[2]).transpose(1, 2).flatten(0, 1)
+            return _causal(padded[0], padded[1], padded[2], scale).transpose(1, 2).flatten(0, 1)
         index_NL, real_NL = packing.index_NL(bucket)
         padded = [x[index_NL].transpose(1, 2) for x in (q_THA, k_TGA, v_TGA)]
-        outputs.append(_causal(padded[0], padded[1], padded[2]).transpose(1, 2)[real_NL])
+        outputs.append(_causal(padded[0], padded[1], padded[2], scale).transpose(1, 2)[real_NL])
         places.append(index_NL[real_NL])
     return gather_back(outputs, places, q_THA)
 
 
-def _causal(q_NHLA: Tensor, k_NGLA: Tensor, v_NGLA: Tensor) -> Tensor:
+def _causal(q_NHLA: Tensor, k_NGLA: Tensor, v_NGLA: Tensor, scale: float | None) -> Tensor:
     # Padding stands to the right of a sequence, so the causal mask alone keeps it from every real query.
     return F.scaled_dot_product_attention(
-        q_NHLA, k_NGLA, v_NGLA, is_causal=True, enable_gqa=q_NHLA.shape[1] != k_NGLA.shape[1]
+        q_NHLA, k_NGLA, v_NGLA, is_causal=True, enable_gqa=q_NHLA.shape[1] != k_NGLA.shape[1], scale=scale
     )
 
 

@@ -5,43 +5,43 @@ import pytest
 import torch
 from scipy import stats
 
-from dlcm.boundary import BoundaryDetector, delimiter_table, ratio_loss, uniform_draws
+from dlcm.boundary import BoundaryDetector, delimiter_table, global_statistics, ratio_loss, uniform_draws
 from dlcm.concepts import Packing
 from dlcm.config import BoundaryConfig
 from dlcm.errors import UserError, parse
-from tests.dlcm.conftest import awake, random_tokens, small_config
+from tests.dlcm.conftest import DETECTORS, awake, random_tokens, small_config
 
 
 @pytest.mark.parametrize("ratio", [1.5, 2.0, 4.0, 8.0])
 def test_the_ratio_loss_is_equation_10_and_has_its_closed_form_gradient(ratio):
     g = torch.Generator().manual_seed(0)
     p = torch.rand(64, generator=g, dtype=torch.float64).requires_grad_()
-    rate = float((torch.rand(64, generator=g) < 0.3).double().mean())
-    loss = ratio_loss(rate, p.sum(), 64, ratio)
-    G = float(p.detach().mean())
-    printed = ratio / (ratio - 1) * ((ratio - 1) * rate * G + (1 - rate) * (1 - G)) - 1
+    n_boundaries = int((torch.rand(64, generator=g) < 0.3).sum())
+    loss = ratio_loss(global_statistics(n_boundaries, p.sum(), 64), ratio)
+    F, G = n_boundaries / 64, float(p.detach().mean())
+    printed = ratio / (ratio - 1) * ((ratio - 1) * F * G + (1 - F) * (1 - G)) - 1
     assert float(loss.detach()) == pytest.approx(printed, abs=1e-12)
     (grad,) = torch.autograd.grad(loss, p)
-    expected = ratio**2 / (ratio - 1) * (rate - 1 / ratio) / 64
+    expected = ratio**2 / (ratio - 1) * (F - 1 / ratio) / 64
     torch.testing.assert_close(grad, torch.full_like(grad, expected), atol=1e-12, rtol=0)
 
 
 def test_the_ratio_loss_is_minus_one_at_its_trap():
-    assert float(ratio_loss(0.0, torch.tensor(1.0), 1, 4.0)) == pytest.approx(-1.0)
+    assert float(ratio_loss(global_statistics(0, torch.tensor(1.0), 1), 4.0)) == pytest.approx(-1.0)
 
 
-def test_micro_batches_of_unequal_size_add_up_to_the_gradient_of_the_whole_batch():
+def test_micro_batches_of_unequal_size_have_the_global_value_and_add_up_to_the_gradient_of_the_whole_batch():
     g = torch.Generator().manual_seed(1)
     w = torch.randn(5, generator=g, dtype=torch.float64).requires_grad_()
     x = torch.randn(90, 5, generator=g, dtype=torch.float64)
-    b = torch.rand(90, generator=g) < 0.4
-    rate = float(b.double().mean())
-    (whole,) = torch.autograd.grad(ratio_loss(rate, (x @ w).sigmoid().sum(), 90, 4.0), w)
-    parts = sum(
-        torch.autograd.grad(ratio_loss(rate, (part @ w).sigmoid().sum(), 90, 4.0), w)[0]
-        for part in x.split([10, 50, 30])
-    )
-    torch.testing.assert_close(parts, whole, atol=1e-12, rtol=0)
+    n_boundaries = (torch.rand(90, generator=g) < 0.4).sum()
+    whole = ratio_loss(global_statistics(n_boundaries, (x @ w).sigmoid().sum(), 90), 4.0)
+    ahead = global_statistics(n_boundaries, (x @ w).sigmoid().sum().detach(), 90)
+    losses = [ratio_loss(ahead.through((part @ w).sigmoid().sum()), 4.0) for part in x.split([10, 50, 30])]
+    for loss in losses:
+        torch.testing.assert_close(loss, whole, atol=1e-12, rtol=0)
+    parts = sum(torch.autograd.grad(loss, w)[0] for loss in losses)
+    torch.testing.assert_close(parts, torch.autograd.grad(whole, w)[0], atol=1e-12, rtol=0)
 
 
 def test_probabilities_follow_equations_5_and_6_and_the_first_token_of_a_document_is_one():
@@ -143,3 +143,75 @@ def test_the_controller_holds_the_rate_in_training_and_at_inference_while_the_sc
 def test_a_ratio_of_one_or_less_is_refused_with_the_reason():
     with pytest.raises(UserError, match="boundary: compression_ratio: input should be greater than 1, got 1"):
         parse(BoundaryConfig, {"compression_ratio": 1}, "boundary")
+
+
+@pytest.mark.parametrize("decision", ["sample", "threshold"])
+def test_where_all_scores_are_equal_the_controller_stays_finite_and_sampling_still_holds_the_rate(decision):
+    """Encoder states that are all alike, as before anything is learned: no threshold can tell them apart, draws can."""
+    detector = BoundaryDetector(BoundaryConfig(decision=decision), 8, 10)
+    packing, score = Packing(torch.tensor([0, 1000, 2000])), torch.full((2000,), 0.7)
+    score[packing.is_first_T] = math.inf
+    taken = 0
+    for step in range(100):
+        if decision == "sample":
+            sharp = ((score + detector.offset_sample) / detector.temperature).sigmoid()
+            boundaries = uniform_draws(0, step, torch.arange(2000)) < sharp
+        else:
+            boundaries = score + detector.offset_threshold >= 0
+        detector.control(float(boundaries.double().mean()), score, first_step=step == 0)
+        taken += int(boundaries.sum()) if step >= 50 else 0
+    for buffer in detector.buffers():
+        assert torch.isfinite(buffer).all()
+    if decision == "sample":
+        assert 50 * 2000 / taken == pytest.approx(4.0, rel=0.02)
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_documents_of_one_token_are_one_boundary_each_under_every_detector(detector):
+    model = awake(small_config(detector))
+    n = 5
+    packing = Packing(torch.arange(n + 1))
+    h = torch.randn(n, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    out = model.boundary(h, random_tokens(n, 0), packing, uniform_draws(0, 0, torch.arange(n)))
+    assert out.decision_T.all()
+    assert (out.prob_T == 1).all()
+    before = [buffer.clone() for buffer in model.boundary.buffers()]
+    if out.score_T is not None:
+        # Nothing but first tokens: there is nothing to control, and nothing moves.
+        model.boundary.control(1.0, out.score_T)
+        model.boundary.calibrate(out.score_T)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.boundary.buffers()))
+
+
+@pytest.mark.parametrize("detector", ["fixed", "delimiter_word", "delimiter_sentence"])
+def test_a_detector_without_a_score_has_nothing_to_control_whatever_the_config_says(detector):
+    module = BoundaryDetector(BoundaryConfig(detector=detector, control="bias"), 8, 10)
+    out = module(torch.zeros(6, 8), torch.arange(6), Packing(torch.tensor([0, 6])), torch.rand(6))
+    assert out.score_T is None
+    assert not module.is_controlled
+    assert module.controlled_offset is None
+
+
+def test_the_ratio_loss_alone_leaves_every_offset_where_it_is():
+    module = BoundaryDetector(BoundaryConfig(control="none"), 8, 10)
+    for step in range(5):
+        module.control(0.9, torch.randn(100), first_step=step == 0)
+    assert float(module.offset_sample) == float(module.offset_threshold) == 0.0
+    assert module.controlled_offset is None
+
+
+@pytest.mark.parametrize("gain", [0.2, 1.0, 1.8])
+def test_a_wrong_rate_is_taken_back_by_the_gain_in_one_step(gain):
+    """In the middle of a wide spread of scores the rate answers linearly: the error shrinks by 1 - gain."""
+    detector = BoundaryDetector(BoundaryConfig(compression_ratio=2, decision="threshold", control_gain=gain), 8, 10)
+    score = torch.linspace(-4, 4, 8000)
+    detector.offset_threshold.fill_(0.2)
+    detector.rate_slope.fill_(1 / 8)  # of a rate over scores spread evenly over 8 logits
+
+    def rate():
+        return float((score + detector.offset_threshold >= 0).double().mean())
+
+    before = rate() - 0.5
+    detector.control(rate(), score)
+    assert before == pytest.approx(0.025, abs=1e-3)
+    assert rate() - 0.5 == pytest.approx((1 - gain) * before, abs=1e-3)

@@ -2,17 +2,19 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from dlcm import checkpoint
 from dlcm.config import RunConfig
+from dlcm.domains import DOMAINS, label_tokens
 from dlcm.errors import UserError
 from dlcm.record import RunBusyError, read_metrics, run_lock
 from dlcm.shards import open_corpus
-from dlcm.train import _micro_batches, load_result, prepare_model, train
+from dlcm.train import _micro_batches, _Trainer, load_result, prepare_model, train
 from dlcm.validation import evaluate_loss
-from tests.dlcm.conftest import dense_config, small_config
+from tests.dlcm.conftest import awake, dense_config, small_config
 
 VOCAB = 257
 
@@ -138,6 +140,56 @@ def test_micro_batches_give_the_metrics_of_the_whole_batch(corpus_path, tmp_path
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_the_gradient_of_a_step_does_not_depend_on_the_number_of_micro_batches(straight_through, corpus_path, tmp_path):
+    """In float64, the ratio loss included: F and G are those of the batch, whatever part a forward pass sees."""
+    found = []
+    for micro in (512, 256, 64):
+        boundary = {"straight_through": straight_through, "ratio_loss_weight": 1.0}
+        config = make_config(corpus_path, small_config(vocab_size=VOCAB, boundary=boundary), micro_batch_tokens=micro)
+        config = config.model_copy(update={"optim": config.optim.model_copy(update={"clip_norm": 1e9})})
+        trainer = _Trainer(config, tmp_path)
+        trainer.model.load_state_dict(awake(config.model).state_dict())
+        trainer.model.double()
+        loss, norm = trainer._train_step()
+        gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
+        found.append({**gradients, "loss": loss, "norm": norm, "offset": trainer.model.boundary.offset_sample})
+    assert float(found[0]["boundary.w_q.weight"].abs().max()) > 1e-4
+    for other in found[1:]:
+        for name, expected in found[0].items():
+            torch.testing.assert_close(other[name], expected, atol=1e-9, rtol=0)
+
+
+def test_logged_boundary_statistics_are_those_of_the_interval(corpus_path, tmp_path):
+    each = make_config(corpus_path, tokens=9 * 512, log_every=1)
+    trainer = _Trainer(each, tmp_path)  # the first step by hand, from the initial weights
+    (part,) = (trainer._to_device(part) for part in _micro_batches(_first_batch(each), each))
+    detected = trainer.model.detect(part[0], part[2], part[3])
+    train(each, tmp_path / "each")
+    train(make_config(corpus_path, tokens=9 * 512, log_every=3), tmp_path / "three")
+    rows, means = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("each", "three"))
+    assert rows[0]["boundary_rate"] == float(detected.decision_T.double().mean())
+    assert rows[0]["boundary_prob"] == pytest.approx(float(detected.prob_T.double().mean()), rel=1e-6)
+    for i, mean in enumerate(means):
+        inside = rows[3 * i : 3 * i + 3]
+        for name in ("boundary_rate", "boundary_prob", "loss_nats"):
+            assert mean[name] == pytest.approx(sum(row[name] for row in inside) / 3, rel=1e-9)
+        assert mean["tokens_per_concept"] == pytest.approx(1 / mean["boundary_rate"], rel=1e-12)
+        assert mean["boundary_offset"] == inside[-1]["boundary_offset"]
+    model, _ = checkpoint.load_trained(tmp_path / "each")
+    assert rows[-1]["boundary_offset"] == float(model.boundary.offset_sample)
+
+
+@pytest.mark.parametrize("model", [dense_config(vocab_size=VOCAB), small_config("fixed", vocab_size=VOCAB)])
+def test_without_a_controller_its_offset_is_null(model, corpus_path, tmp_path):
+    train(make_config(corpus_path, model, tokens=2 * 512), tmp_path)
+    assert {row["boundary_offset"] for row in read_metrics(tmp_path / "metrics.jsonl")} == {None}
+
+
+def _first_batch(config):
+    return open_corpus(config.data).train.batch(0, seed=config.seed, batch_tokens=512, seq_len=64)
+
+
 def test_micro_batches_hold_every_window_and_document_start_once(corpus_path):
     config = make_config(corpus_path, micro_batch_tokens=128)
     batch = open_corpus(config.data).train.batch(3, seed=0, batch_tokens=512, seq_len=64)
@@ -184,6 +236,112 @@ def test_the_validation_loss_is_that_of_a_loop_over_documents(corpus_path, tmp_p
     assert measured.tokens_per_concept == pytest.approx(n_tokens / n_concepts)
 
 
+@pytest.mark.parametrize("kind", ["dlcm", "dense"])
+def test_statistics_by_domain_are_those_of_a_loop_over_tokens_and_add_up(kind, tmp_path):
+    folder = write_sources(tmp_path / "text")
+    model = dense_config(vocab_size=VOCAB) if kind == "dense" else small_config(vocab_size=VOCAB)
+    config = make_config(folder, model, tokens=3 * 512)
+    result = train(config, tmp_path / "run")
+    model, _ = checkpoint.load_trained(tmp_path / "run")
+    corpus = open_corpus(config.data)
+    eot, split = corpus.tokenizer.eot_id, corpus.validation
+    stream = np.concatenate([label_tokens(split.document(i), corpus.tokenizer) for i in range(split.n_documents)])
+    counts = {name: dict.fromkeys(("tokens", "concepts", "targets", "nats"), 0) for name in DOMAINS}
+    for batch in split.windows(64, 2048):
+        with torch.no_grad():
+            out = model(torch.from_numpy(batch.tokens_T), cu_seqlens=torch.from_numpy(batch.cu_seqlens))
+        nats = -out.logits.double().log_softmax(-1)
+        for t, target in enumerate(batch.targets_T.tolist()):
+            place = int(batch.windows[t // 64]) + t % 64
+            read = counts[DOMAINS[stream[place]]]
+            predicted = read if target == eot else counts[DOMAINS[stream[place + 1]]]
+            read["tokens"] += 1
+            read["concepts"] += int(out.boundaries[t])
+            predicted["targets"] += 1
+            predicted["nats"] += float(nats[t, target])
+    for name, expected in counts.items():
+        found = result.domains[name]
+        assert {key: found[key] for key in ("tokens", "concepts", "targets")} == {
+            key: expected[key] for key in ("tokens", "concepts", "targets")
+        }
+        assert found["tokens"] > 100
+        assert found["tokens_per_concept"] == pytest.approx(expected["tokens"] / expected["concepts"])
+        assert found["loss_nats"] == pytest.approx(expected["nats"] / expected["targets"], rel=1e-5)
+    domains = result.domains.values()
+    n_tokens = sum(found["tokens"] for found in domains)
+    assert n_tokens == sum(found["targets"] for found in domains)
+    assert n_tokens / sum(found["concepts"] for found in domains) == pytest.approx(result.tokens_per_concept)
+    nats = sum(found["targets"] * found["loss_nats"] for found in domains)
+    assert nats / n_tokens == pytest.approx(result.loss_nats, rel=1e-12)
+
+
+def write_sources(folder):
+    folder.mkdir()
+    for i in range(30):
+        (folder / f"{i:02}.py").write_text(
+            f'"""Module {i} of some, with a line of text about it."""\n\nimport os\n\n\n'
+            f"def f{i}(x, y={i}):\n    # add what was given, and one more\n    return x + y * {i} - os.EX_OK\n"
+        )
+    return folder
+
+
+def test_a_domain_that_the_text_does_not_have_has_no_ratios(corpus_path, tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(20):
+        (folder / f"{i}.txt").write_text("the old man went down to the sea again, and so did I " * (20 + i))
+    domains = train(make_config(folder, tokens=512), tmp_path / "run").domains
+    assert domains["code"] == {
+        "tokens": 0, "concepts": 0, "tokens_per_concept": None, "targets": 0, "loss_nats": None,
+    }  # fmt: skip
+    assert domains["prose"]["tokens"] > 0
+
+
+def test_a_result_of_a_version_without_domains_still_loads(corpus_path, tmp_path):
+    train(make_config(corpus_path, tokens=512), tmp_path)
+    record = json.loads((tmp_path / "result.json").read_text())
+    del record["domains"]
+    (tmp_path / "result.json").write_text(json.dumps(record))
+    assert load_result(tmp_path).domains is None
+
+
+def test_the_command_prints_tokens_per_concept_by_domain(dlcm, tmp_path):
+    config = make_config(write_sources(tmp_path / "text"), tokens=2 * 512)
+    (tmp_path / "run.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    status, out, _ = dlcm("train", tmp_path / "run.yaml", tmp_path / "run")
+    assert status == 0
+    for name, found in load_result(tmp_path / "run").domains.items():
+        (line,) = (line for line in out.splitlines() if line.startswith(f"  {name}: "))
+        assert f"{found['tokens']:,} tokens" in line
+        assert f"{found['tokens_per_concept']:.2f} tokens per concept" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decision", ["sample", "threshold"])
+@pytest.mark.parametrize("ratio", [2.0, 4.0, 8.0])
+def test_the_controller_holds_r_within_two_per_cent_in_training_and_at_evaluation(
+    ratio, decision, corpus_path, tmp_path
+):
+    boundary = {"compression_ratio": ratio, "decision": decision}
+    model = small_config(vocab_size=VOCAB, boundary=boundary)
+    result = train(make_config(corpus_path, model, tokens=150 * 1024, batch_tokens=1024), tmp_path)
+    assert result.tokens_per_concept_train == pytest.approx(ratio, rel=0.02)
+    assert result.tokens_per_concept == pytest.approx(ratio, rel=0.02)
+    # Under a threshold of other text of the same kind, what is left is the chance of 2,048 tokens.
+    assert result.tokens_per_concept_uncalibrated == pytest.approx(ratio, rel=0.15)
+
+
+@pytest.mark.slow
+def test_the_ratio_loss_alone_can_be_chosen_and_nothing_is_calibrated_then(corpus_path, tmp_path):
+    boundary = {"control": "none", "ratio_loss_weight": 0.3, "compression_ratio": 2.0}
+    model = small_config(vocab_size=VOCAB, boundary=boundary)
+    result = train(make_config(corpus_path, model, tokens=150 * 1024, batch_tokens=1024), tmp_path)
+    assert result.tokens_per_concept_train == pytest.approx(2.0, rel=0.1)
+    assert result.tokens_per_concept_uncalibrated is None
+    trained, _ = checkpoint.load_trained(tmp_path)
+    assert float(trained.boundary.offset_sample) == float(trained.boundary.offset_threshold) == 0.0
+
+
 @pytest.mark.parametrize("lr", [1e6, 1e30])
 def test_divergence_is_recorded_as_a_result_with_its_reason(lr, corpus_path, tmp_path):
     config = make_config(corpus_path)
@@ -191,6 +349,7 @@ def test_divergence_is_recorded_as_a_result_with_its_reason(lr, corpus_path, tmp
     result = train(config, tmp_path)
     assert result.status == "diverged"
     assert result.loss_nats is None
+    assert result.domains is None
     assert result.reason
     assert "step" in result.reason
     json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)

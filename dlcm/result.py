@@ -1,0 +1,59 @@
+"""What a run found: the content of `result.json`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dlcm.config import SCHEMA_VERSION
+from dlcm.errors import UserError
+from dlcm.record import read_json
+
+
+@dataclass(frozen=True)
+class Result:
+    """The content of `result.json`; None where the run diverged.
+
+    Attributes:
+        loss_nats: validation loss, nats per token.
+        bits_per_byte: the same in bits per UTF-8 byte.
+        tokens_per_concept: realised R on the validation set, under the calibrated threshold that the loss is measured with.
+        tokens_per_concept_train: realised R in training, over the last tenth of the steps.
+        tokens_per_concept_uncalibrated: what R on the validation set would be under a threshold set on training text.
+        epochs: how often the training split was gone through.
+        params: counts by group.
+        wall_s: seconds of training and evaluation, over all interruptions.
+        domains: the validation set by content, source code and prose apart, as in `dlcm.validation.Validation`; None also
+            where an earlier version trained the run.
+    """
+
+    run_id: str
+    status: str
+    step: int
+    tokens: int
+    loss_nats: float | None
+    bits_per_byte: float | None
+    tokens_per_concept: float | None
+    tokens_per_concept_train: float | None
+    tokens_per_concept_uncalibrated: float | None
+    epochs: float
+    params: dict[str, int]
+    wall_s: float
+    device: str
+    reason: str | None = None
+    domains: dict[str, dict[str, float | int | None]] | None = None
+    schema: int = SCHEMA_VERSION
+
+
+def load_result(run_dir: Path) -> Result:
+    """Read `result.json` of a finished run.
+
+    Raises:
+        UserError: absent, damaged, or of another schema.
+    """
+    path = run_dir / "result.json"
+    record = read_json(path)
+    if record.get("schema") != SCHEMA_VERSION:
+        raise UserError(f"{path}: schema {record.get('schema')!r}, this version reads {SCHEMA_VERSION}")
+    try:
+        return Result(**record)
+    except TypeError as error:
+        raise UserError(f"{path}: {error}; delete it and submit the run again") from None
