@@ -21,7 +21,7 @@ def environment(device: str | torch.device) -> dict[str, Any]:
     """Code version, package versions, device name and threads: what a figure needs to be repeated."""
     device = torch.device(device)
     found = describe_environment(device_name(device), torch.get_num_threads())
-    for name in ("slurm", "host"):  # of no use to a reader elsewhere
+    for name in ("slurm", "host", "platform"):  # of no use to a reader elsewhere
         del found[name]
     found["device_type"] = device.type
     for name in _KERNEL_PACKAGES:

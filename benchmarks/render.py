@@ -40,7 +40,8 @@ def one(path: Path) -> str:
 def origin(payload: Payload) -> str:
     """Device and versions, in one line."""
     found = payload["environment"]
-    threads = f", {found['threads']} threads" if found["device_type"] == "cpu" else ""
+    n_threads = found["threads"]
+    threads = f", {n_threads} thread{'s' * (n_threads > 1)}" if found["device_type"] == "cpu" else ""
     versions = {"torch": "torch", "triton": "Triton", "flash-attn": "flash-attn", "cuda": "CUDA"}
     if found["device_type"] == "cpu":
         versions = {"torch": "torch"}
@@ -86,7 +87,11 @@ def ratio_table(payload: Payload) -> str:
     for run in payload["runs"]:
         groups.setdefault((run["ratio"], run["mode"]), []).append(run)
     modes = {"loss": "ratio loss alone", "sample": "controller, sampling", "threshold": "controller, threshold"}
-    columns = {"training": "train", "evaluation, uncalibrated": "uncalibrated", "evaluation": "calibrated"}
+    columns = {
+        "training": "train",
+        "evaluation, threshold of training text": "uncalibrated",
+        "evaluation": "calibrated",
+    }
     return format_table(
         [
             {"target R": f"{ratio:g}", "control": modes.get(mode, mode), "seeds": len(runs)}

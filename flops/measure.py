@@ -5,8 +5,8 @@ conventions first, term by term (`expected`):
 
 - attention is counted as a full square, because the kernels compute it so (`reference` backend, whose scores are plain
   matrix products that both counters know; both see scaled-dot-product attention as zero on a CPU);
-- the null concept is one key more than there are concepts: its K and V projections and L scores for each
-  cross-attention, work that the closed form leaves out as it vanishes with M;
+- the null concept is one more row for the V projection of each cross-attention, work that vanishes beside that of M concepts
+  and that the closed form leaves out;
 - the smoother is elementwise arithmetic, which neither counts;
 - fvcore counts multiply-adds, half of our FLOPs, and is doubled here; its einsum handle rounds to three digits and is
   replaced by the exact product of the index ranges.
@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from dlcm.config import ModelConfig
 from dlcm.errors import UserError
 from dlcm.model import build_model
-from flops import ops
 from flops.count import COMPONENTS, count, parameters
 
 # Above this a forward pass on a CPU takes too long and too much memory for a check.
@@ -150,9 +149,8 @@ def _expected(config: ModelConfig, seq_len: int, n_concepts: int) -> dict[str, f
     assert square is not None  # only the twin itself has none
     parts = dict(square.components)
     parts["smoothing"] = 0.0
-    if not c.is_dense:
-        if c.pooling == "mean":
-            parts["cross_attention"] += c.n_cross_attentions * 2 * c.d_concept * c.n_kv_heads_token * c.d_head
+    if not c.is_dense and c.pooling == "mean":
+        parts["cross_attention"] += c.n_cross_attentions * 2 * c.d_concept * c.n_kv_heads_token * c.d_head
     return parts
 
 

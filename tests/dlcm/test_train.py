@@ -316,14 +316,18 @@ def test_the_command_prints_tokens_per_concept_by_domain(dlcm, tmp_path):
         assert f"{found['tokens_per_concept']:.2f} tokens per concept" in line
 
 
+def one_layer_each(**boundary):
+    layers = dict.fromkeys(("n_encoder_layers", "n_concept_layers", "n_decoder_layers"), 1)
+    return small_config(vocab_size=VOCAB, boundary=boundary, **layers)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("decision", ["sample", "threshold"])
 @pytest.mark.parametrize("ratio", [2.0, 4.0, 8.0])
 def test_the_controller_holds_r_within_two_per_cent_in_training_and_at_evaluation(
     ratio, decision, corpus_path, tmp_path
 ):
-    boundary = {"compression_ratio": ratio, "decision": decision}
-    model = small_config(vocab_size=VOCAB, boundary=boundary)
+    model = one_layer_each(compression_ratio=ratio, decision=decision)
     result = train(make_config(corpus_path, model, tokens=150 * 1024, batch_tokens=1024), tmp_path)
     assert result.tokens_per_concept_train == pytest.approx(ratio, rel=0.02)
     assert result.tokens_per_concept == pytest.approx(ratio, rel=0.02)
@@ -333,8 +337,7 @@ def test_the_controller_holds_r_within_two_per_cent_in_training_and_at_evaluatio
 
 @pytest.mark.slow
 def test_the_ratio_loss_alone_can_be_chosen_and_nothing_is_calibrated_then(corpus_path, tmp_path):
-    boundary = {"control": "none", "ratio_loss_weight": 0.3, "compression_ratio": 2.0}
-    model = small_config(vocab_size=VOCAB, boundary=boundary)
+    model = one_layer_each(control="none", ratio_loss_weight=0.3, compression_ratio=2.0)
     result = train(make_config(corpus_path, model, tokens=150 * 1024, batch_tokens=1024), tmp_path)
     assert result.tokens_per_concept_train == pytest.approx(2.0, rel=0.1)
     assert result.tokens_per_concept_uncalibrated is None
