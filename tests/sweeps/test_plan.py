@@ -231,3 +231,37 @@ def test_planning_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("axis", "values"),
+    [
+        ("boundary", ["learned", "cosine", "fixed", "random", "delimiter_word", "delimiter_sentence"]),
+        ("model.boundary.straight_through", [False, True]),
+        ("model.boundary.control", ["none", "bias"]),
+        ("model.boundary.decision", ["sample", "threshold"]),
+        ("model.pooling", ["mean", "first"]),
+        ("model.smoothing", ["none", "causal"]),
+        ("model.concept_bias", ["none", "log_length"]),
+        ("model.cross_attention", ["every_layer", "once"]),
+        ("model.attention_backend", ["reference", "sdpa", "replicated", "flex", "staircase"]),
+    ],
+)
+def test_every_choice_of_the_model_can_be_an_axis(axis, values):
+    sweep = Sweep.from_dict(
+        {
+            "name": "choices",
+            "axes": {"grid": {"size": [3e5], "concept_share": [0.5], axis: values}},
+            "budgets": {"tokens": [1e6]},
+        }
+    )
+    runs = plan(sweep).runs
+    path = {"boundary": "model.boundary.detector"}.get(axis, axis).split(".")
+    found = []
+    for run in runs:
+        value = run.config
+        for name in path:
+            value = getattr(value, name)
+        found.append(value)
+    assert found == values
+    assert len({run.run_id for run in runs}) == len(values)
