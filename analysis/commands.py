@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from analysis.data import ResultsData
-    from analysis.optimum import Cost
     from analysis.result import FitResult
+    from analysis.search import Cost
 
 app = typer.Typer(help="What the runs say: laws, optimum, plots, tables.", no_args_is_help=True, rich_markup_mode=None)
 

@@ -1,12 +1,19 @@
 """The cost function that belongs to a results file: that of the sweep it was collected from."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from analysis.data import Convention, find_results, numeric_column, read_table
-from analysis.optimum import Cost
+from analysis.search import Cost
 from dlcm.errors import UserError
+
+if TYPE_CHECKING:
+    from dlcm.config import RunConfig
+    from sweeps.plan import Plan
+    from sweeps.shapes import ShapeRule
 
 
 def cost_of_results(path: str | Path, *, vocab_size: int | None = None) -> Cost:
@@ -19,7 +26,7 @@ def cost_of_results(path: str | Path, *, vocab_size: int | None = None) -> Cost:
     Raises:
         UserError: there is no sweep beside the results and no `vocab_size`, or its runs differ in vocabulary or window.
     """
-    from sweeps.shapes import Parts, cost_function
+    from sweeps.shapes import cost_function
 
     results = find_results(path)
     folder = results.parent
@@ -30,16 +37,29 @@ def cost_of_results(path: str | Path, *, vocab_size: int | None = None) -> Cost:
         )
     if vocab_size is not None:
         lengths = numeric_column(read_table(results), "seq_len", str(results))
-        return cost_function(vocab_size=vocab_size, seq_len=_only(lengths, "seq_len", results))
+        return cost_function(vocab_size=vocab_size, seq_len=_only(lengths, "seq_len", str(results)))
     from sweeps.store import load_sweep
 
     sweep = load_sweep(folder)
-    configs = [run.config for run in sweep.runs]
-    vocabulary = _only([c.model.vocab_size for c in configs], "model.vocab_size", folder)
-    seq_len = _only([c.data.seq_len for c in configs], "data.seq_len", folder)
+    return _cost_of_runs([run.config for run in sweep.runs], sweep.spec.shape, str(folder))
+
+
+def cost_of_plan(plan: "Plan") -> Cost:
+    """cost(N, D, R, P) under the shape rule, window and vocabulary of a plan; N counts non-embedding parameters.
+
+    Raises:
+        UserError: its runs differ in vocabulary or window.
+    """
+    return _cost_of_runs([run.config for run in plan.runs], plan.sweep.shape, plan.sweep.where)
+
+
+def _cost_of_runs(configs: Sequence["RunConfig"], rule: "ShapeRule", where: str) -> Cost:
+    from sweeps.shapes import Parts, cost_function
+
+    vocabulary = _only([c.model.vocab_size for c in configs], "model.vocab_size", where)
+    seq_len = _only([c.data.seq_len for c in configs], "data.seq_len", where)
     typical = next((c for c in configs if not c.model.is_dense), configs[0])
-    parts = Parts.of(typical.model.model_dump())
-    return cost_function(vocab_size=vocabulary, seq_len=seq_len, rule=sweep.spec.shape, parts=parts)
+    return cost_function(vocab_size=vocabulary, seq_len=seq_len, rule=rule, parts=Parts.of(typical.model.model_dump()))
 
 
 def require_priced(convention: Convention) -> None:
@@ -55,7 +75,7 @@ def require_priced(convention: Convention) -> None:
         )
 
 
-def _only(values: object, name: str, where: Path) -> int:
+def _only(values: object, name: str, where: str) -> int:
     distinct = np.unique(np.asarray(values))
     if len(distinct) != 1:
         raise UserError(

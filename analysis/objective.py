@@ -96,7 +96,7 @@ class Problem:
         return next(self.scales[f.variable] for t in self.law.terms for f in t.factors if f.offset == name)
 
     @functools.cached_property
-    def _held(self) -> dict[str, float]:
+    def held_values(self) -> dict[str, float]:
         """Held parameters in scaled units."""
         kinds = {p.name: p.kind for p in self.law.parameters}
         divisor = {"floor": lambda _: self.target_scale, "offset": self._offset_scale, "exponent": lambda _: 1.0}
@@ -105,7 +105,9 @@ class Problem:
     def scaled_values(self, theta: Array) -> dict[str, float]:
         """Centred constants from theta: logarithms of amplitudes undone, held parameters put in."""
         free = self.law.free
-        return self._held | {p.name: math.exp(t) if p.kind == "amplitude" else float(t) for p, t in zip(free, theta)}
+        return self.held_values | {
+            p.name: math.exp(t) if p.kind == "amplitude" else float(t) for p, t in zip(free, theta)
+        }
 
     def values(self, theta: Array) -> dict[str, float]:
         """Constants in natural units (parameters, tokens, nats) from theta."""

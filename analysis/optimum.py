@@ -5,22 +5,17 @@ follows from the other three and the budget, so the search runs over a box of (l
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy import optimize as scipy_optimize
 
 from analysis.data import Convention
 from analysis.result import FitResult
+from analysis.search import Cost, Search
 from dlcm.errors import UserError, nearest
 
 Array = np.ndarray
-Cost = Callable[..., Any]
-"""cost(N, D, R, P) -> training FLOPs, vectorised, rising in D; P = 0 and R = 1 mean a dense model."""
-
-_GRID = 17
-_GRID_1D = 65
 _EDGE = 0.01
 _SPANS = 0.8
 _FAR = 0.3
@@ -165,9 +160,9 @@ def optimum(
     if not (np.isfinite(budget) and budget > 0):
         raise UserError(f"budget = {budget:g} FLOPs; give a number above 0")
     box = _box(result, bounds)
-    grid = _Search(result, cost, float(budget), box)
-    best = grid.minimise(result.values)
-    replicates = np.array([grid.minimise(v) for v in result.replicate_values()]).reshape(-1, 5)
+    search = Search(result.law, cost, float(budget), box)
+    best = search.minimise(result.values)
+    replicates = np.array([search.minimise(v) for v in result.replicate_values()]).reshape(-1, 5)
     outside = {
         k: v for k, v in result.outside(**dict(zip("NDRP", best[:4]))).items() if k in result.law.inputs or k in "ND"
     }
@@ -218,103 +213,6 @@ def _box(result: FitResult, bounds: Mapping[str, tuple[float, float]] | None) ->
             middle = float(np.sqrt(low * high))
             box[name] = (middle, middle)
     return box
-
-
-class _Search:
-    """A grid of (N, R, P) with the D that the budget buys, shared by the fit and its bootstrap refits."""
-
-    def __init__(self, result: FitResult, cost: Cost, budget: float, box: Mapping[str, tuple[float, float]]):
-        self.law, self.cost, self.budget = result.law, cost, budget
-        self.lower = np.array([np.log(box["N"][0]), np.log(box["R"][0]), box["P"][0]])
-        self.upper = np.array([np.log(box["N"][1]), np.log(box["R"][1]), box["P"][1]])
-        self.open = self.upper > self.lower
-        n = _GRID_1D if self.open.sum() == 1 else _GRID
-        axes = [np.linspace(lo, hi, n if o else 1) for lo, hi, o in zip(self.lower, self.upper, self.open)]
-        self.points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
-        self.steps = (self.upper - self.lower) / max(n - 1, 1)
-        self.tokens = self._tokens(self.points)
-
-    def _tokens(self, points: Array) -> Array:
-        return tokens_for_budget(self.cost, self.budget, np.exp(points[:, 0]), np.exp(points[:, 1]), points[:, 2])
-
-    def _loss(self, values: Mapping[str, float], points: Array, tokens: Array) -> Array:
-        N, R, P = np.exp(points[:, 0]), np.exp(points[:, 1]), points[:, 2]
-        return self.law.predict(values, N=N, D=tokens, R=R, P=P)
-
-    def minimise(self, values: Mapping[str, float]) -> Array:
-        """N, D, R, P and loss where the law at `values` is least: grid, then a descent inside the neighbouring cells."""
-        point = self.points[int(np.argmin(self._loss(values, self.points, self.tokens)))].copy()
-        if self.open.any():
-            point = self._polish(values, point)
-        tokens = self._tokens(point[None])
-        loss = float(self._loss(values, point[None], tokens)[0])
-        return np.array([np.exp(point[0]), tokens[0], np.exp(point[1]), point[2], loss])
-
-    def _polish(self, values: Mapping[str, float], start: Array) -> Array:
-        free = np.flatnonzero(self.open)
-        width = (self.upper - self.lower)[free]
-
-        def place(x: Array) -> Array:
-            points = np.broadcast_to(start, (*x.shape[:-1], 3)).copy()
-            points[..., free] = self.lower[free] + x * width
-            return points
-
-        def value_and_slope(x: Array) -> tuple[float, Array]:
-            # central differences, all in one vectorised call; 1e-5 of the range keeps their error below 1e-9
-            h = 1e-5
-            moves = np.vstack([np.zeros(len(free)), h * np.eye(len(free)), -h * np.eye(len(free))])
-            points = place(x + moves)
-            losses = self._loss(values, points, self._tokens(points))
-            n = len(free)
-            return float(losses[0]), (losses[1 : n + 1] - losses[n + 1 :]) / (2 * h)
-
-        x0 = (start[free] - self.lower[free]) / width
-        low = np.clip(x0 - 2 * self.steps[free] / width, 0, 1)
-        high = np.clip(x0 + 2 * self.steps[free] / width, 0, 1)
-        scale = 1e-3 * abs(value_and_slope(x0)[0])
-        answer = scipy_optimize.minimize(
-            lambda x: tuple(v / scale for v in value_and_slope(x)),
-            x0,
-            jac=True,
-            method="L-BFGS-B",
-            bounds=np.column_stack([low, high]),
-            options={"ftol": 1e-15, "gtol": 1e-9, "maxiter": 200},
-        )
-        better = value_and_slope(np.clip(answer.x, 0, 1))[0] <= value_and_slope(x0)[0]
-        return place(np.clip(answer.x, 0, 1)) if better else start
-
-
-def tokens_for_budget(cost: Cost, budget: float, N: Array, R: Array, P: Array) -> Array:
-    """D with cost(N, D, R, P) = budget, elementwise.
-
-    One step where the cost is proportional to D, as it is for packed windows of fixed length; a secant in log D otherwise.
-
-    Raises:
-        UserError: the cost is not positive and rising in D.
-    """
-    log_d = np.full(np.shape(N), np.log(1e6))
-    goal = np.log(budget)
-    slope = np.ones_like(log_d)
-    for _ in range(60):
-        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            value = np.log(np.asarray(cost(N, np.exp(log_d), R, P), dtype=float))
-        if not np.all(np.isfinite(value)):
-            raise UserError(
-                "cost(N, D, R, P) is not a positive number everywhere in the search range; check the cost function"
-            )
-        gap = goal - value
-        if np.max(np.abs(gap)) < 1e-12:
-            return np.exp(log_d)
-        step = gap / slope
-        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            moved = np.log(np.asarray(cost(N, np.exp(log_d + step), R, P), dtype=float)) - value
-            slope = np.where(np.abs(step) > 1e-9, moved / step, slope)
-        if not np.all(slope > 1e-3):
-            raise UserError("cost(N, D, R, P) does not rise with D; check the cost function")
-        log_d = log_d + gap / slope
-    if np.max(np.abs(gap)) > 1e-9:
-        raise UserError("cost(N, D, R, P) = budget could not be solved for D; check the cost function")
-    return np.exp(log_d)
 
 
 def _choice(

@@ -19,8 +19,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from analysis.data import ResultsData, numeric_column
 from analysis.design import levels
-from analysis.optimum import Cost, optimum, tokens_for_budget
+from analysis.optimum import optimum
 from analysis.result import FitResult
+from analysis.search import Cost, tokens_for_budget
 from dlcm.errors import UserError
 
 Array = np.ndarray

@@ -13,7 +13,7 @@ from analysis.cost import cost_of_results, require_priced
 from analysis.data import ResultsData, load_results, records
 from analysis.design import Support, describe_support, levels
 from analysis.fit import fit
-from analysis.optimum import Cost, Optimum, optimum
+from analysis.optimum import Optimum, optimum
 from analysis.plots import (
     new_figure,
     plot_loss_vs_compute,
@@ -25,6 +25,7 @@ from analysis.plots import (
 from analysis.report_text import format_summary
 from analysis.result import FitResult
 from analysis.savings import Savings, savings
+from analysis.search import Cost
 from analysis.tables import flops_vs_accuracy, format_table
 from dlcm.errors import UserError
 from dlcm.record import write_atomic

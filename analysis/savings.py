@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from analysis.optimum import Cost, Optimum, tokens_for_budget
+from analysis.optimum import Optimum
 from analysis.result import FitResult
+from analysis.search import Cost, tokens_for_budget
 from dlcm.errors import UserError
 
 Array = np.ndarray

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from analysis import ResultsData, fit, laws, load_results, optimum, savings
-from analysis.optimum import tokens_for_budget
 from analysis.savings import DenseFrontier
+from analysis.search import tokens_for_budget
 from dlcm.errors import UserError
 from tests.analysis.conftest import PLANTED_DLCM, cost
 

@@ -1,0 +1,312 @@
+"""What a sweep will teach, before it is run: simulate its losses from a prior law, refit, and see how far the answers scatter."""
+
+import dataclasses
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from analysis.data import ResultsData
+from analysis.descent import minimise
+from analysis.design import levels, reduce_law
+from analysis.ensemble import natural_values, refit_many
+from analysis.laws import Law
+from analysis.objective import Problem
+from analysis.prior import Prior
+from analysis.search import Cost, Search
+from analysis.starts import draw_starts
+from dlcm.errors import UserError
+
+if TYPE_CHECKING:
+    from sweeps.plan import Plan
+
+Array = np.ndarray
+
+N_SIMULATED = 200
+_N_ROOM = 100.0
+"""The best N at the target is searched within this factor of the prior's own, on either side."""
+_ANY_SIZE = (1e3, 1e14)
+_EDGE = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantity:
+    """One answer of a sweep: what was planted, and where the refits put it.
+
+    Attributes:
+        planted: its value under the prior; of a reduction, in the fit without noise.
+        low: lower end of the interval that holds 95% of the simulated answers. high: upper end.
+        spread: width of the interval that holds 80% of them, as a ratio's logarithm where `is_log`; less at the mercy of a few
+            simulations than the ends of the other, so designs are compared by it.
+        is_log: whether widths are ratios (N, R, D) or differences (exponents, P, the floor).
+        at_low: share of the simulations that end at the lower edge of the search. at_high: at the upper edge.
+        held: why it is no answer of this sweep; empty where it is one.
+    """
+
+    name: str
+    planted: float
+    low: float
+    high: float
+    spread: float
+    is_log: bool = False
+    at_low: float = 0.0
+    at_high: float = 0.0
+    held: str = ""
+
+    @property
+    def at_edge(self) -> float:
+        """Share of the simulations that end at either edge of the search."""
+        return self.at_low + self.at_high
+
+    @property
+    def width(self) -> float:
+        """Width of the interval: log(high / low), or high - low; NaN where it is held."""
+        if self.held:
+            return float("nan")
+        return float(np.log(self.high / self.low)) if self.is_log else self.high - self.low
+
+    def describe(self) -> str:
+        """One line: planted value and expected interval, and how often the search ends at an edge."""
+        if self.held:
+            return f"{self.name} = {self.planted:.4g} (held: {self.held})"
+        text = f"{self.name} = {self.planted:.4g}  expected 95% {self.low:.4g} to {self.high:.4g}"
+        for share, side in ((self.at_low, "lower"), (self.at_high, "upper")):
+            if share > 0.05:
+                text += f"; at the {side} end of its range in {100 * share:.0f}% of the simulations"
+        return text
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Expected:
+    """What one family of a sweep's runs will tell.
+
+    Attributes:
+        family: `dlcm` or `dense`.
+        law: the law that the runs support, a reduction of the prior's where they cannot tell every constant.
+        prior: what was planted.
+        n_runs: runs of the family.
+        n_simulated: simulated sweeps.
+        target: training FLOPs that the optimum is asked for.
+        constants: floor and exponents.
+        choices: the optimum's N, R and P (N alone for a dense model).
+        loss: predicted loss at the optimum.
+    """
+
+    family: str
+    law: Law
+    prior: Prior
+    n_runs: int
+    n_simulated: int
+    target: float
+    constants: tuple[Quantity, ...]
+    choices: tuple[Quantity, ...]
+    loss: Quantity
+
+    def __getitem__(self, name: str) -> Quantity:
+        """A quantity by name: `expected["P"].width`."""
+        for quantity in (*self.constants, *self.choices, self.loss):
+            if quantity.name == name:
+                return quantity
+        raise UserError(f"no {name!r} is expected of this sweep; there is {', '.join(q.name for q in self.quantities)}")
+
+    @property
+    def quantities(self) -> tuple[Quantity, ...]:
+        """Constants, choices and loss."""
+        return (*self.constants, *self.choices, self.loss)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+
+        def as_dict(quantity: Quantity) -> dict[str, Any]:
+            width = None if quantity.held else quantity.width
+            return {**dataclasses.asdict(quantity), "width": width}
+
+        return {
+            "family": self.family,
+            "law": self.law.name,
+            "equation": self.law.equation,
+            "reductions": [change.describe() for change in self.law.changes],
+            "prior": self.prior.to_dict(),
+            "n_runs": self.n_runs,
+            "n_simulated": self.n_simulated,
+            "target_flops": self.target,
+            "constants": [as_dict(q) for q in self.constants],
+            "optimum": [as_dict(q) for q in self.choices],
+            "loss_nats": as_dict(self.loss),
+        }
+
+
+def design_of(plan: "Plan", family: str) -> ResultsData:
+    """The planned runs of one family as data without losses (loss NaN): realised N and P, tokens, planned R and cost.
+
+    Of a sweep over several boundary detectors, the runs of one alone: `learned` where it is there, else the most frequent.
+    """
+    runs = [run for run in plan.runs if run.config.model.kind == family]
+    kinds = [run.config.model.boundary.detector if run.config.model.boundary else "none" for run in runs]
+    if len(set(kinds)) > 1:
+        kept = "learned" if "learned" in kinds else max(sorted(set(kinds)), key=kinds.count)
+        runs = [run for run, kind in zip(runs, kinds) if kind == kept]
+    return ResultsData.from_arrays(
+        N=[run.params.non_embedding for run in runs],
+        D=[run.tokens for run in runs],
+        C=[run.flops_train_planned for run in runs],
+        R=[run.compression_target for run in runs],
+        P=[run.concept_share for run in runs],
+        loss=np.nan,
+        run_id=[run.run_id for run in runs],
+        source=plan.sweep.where,
+    )
+
+
+def expect(
+    design: ResultsData,
+    prior: Prior,
+    cost: Cost,
+    target: float,
+    *,
+    law: Law | None = None,
+    box: Mapping[str, tuple[float, float]] | None = None,
+    n: int = N_SIMULATED,
+    seed: int = 0,
+) -> Expected:
+    """Simulate a sweep `n` times, refit each as `fit` would (log-Huber), and search each refit's optimum.
+
+    log loss = log of the prior's law + Gaussian noise of `prior.noise`, independent between runs. The noise of a run depends on
+    its id and the seed alone, so that two designs that share runs share their noise.
+
+    Args:
+        design: planned runs of the prior's family, see `design_of`; its losses are not read.
+        prior: law, constants and noise.
+        cost: training FLOPs, `cost(N, D, R, P)`.
+        target: training FLOPs that the optimum is asked for.
+        law: what is refitted; by default what `fit` would choose for these runs.
+        box: ranges of R and P that the optimum may take; those of the design by default.
+        n: simulated sweeps.
+        seed: seeds the noise.
+
+    Raises:
+        UserError: no runs, a target that is no positive number, or no model that the target pays for.
+    """
+    if not len(design):
+        raise UserError(f"{design.source}: no {prior.law.family} run, so nothing can be expected of them")
+    if not (np.isfinite(target) and target > 0):
+        raise UserError(f"target = {target:g} FLOPs; give a number above 0")
+    family = prior.law.family or "dlcm"
+    planted = prior.law.predict(prior.values, N=design.N, D=design.D, R=design.R, P=design.P)
+    data = dataclasses.replace(design, loss=np.asarray(planted))
+    law = law or reduce_law(prior.law, data)
+    problem = Problem.build(law, data)
+    theta = _noise_free(problem, prior)
+    noise = prior.noise * _noise(design.run_ids, n, seed)
+    thetas = refit_many(problem, theta, problem.target * np.exp(noise))
+    centre, values = problem.values(theta), natural_values(problem, thetas)
+    search = Search(law, cost, target, _box(prior, cost, target, design, box, family))
+    found = search.minimise_many({k: np.append(v, centre[k]) for k, v in values.items()})
+    return Expected(
+        family=family,
+        law=law,
+        prior=prior,
+        n_runs=len(design),
+        n_simulated=n,
+        target=float(target),
+        constants=_constants(law, centre, values),
+        choices=tuple(_choice(name, found, search, law) for name in ("NRP" if family == "dlcm" else "N")),
+        loss=dataclasses.replace(_quantity("loss", found[-1, 4], found[:-1, 4]), held=_no_trade(law)),
+    )
+
+
+def _noise_free(problem: Problem, prior: Prior) -> Array:
+    """Constants of the fit without noise: the prior's own, or of a reduction the nearest that it can come."""
+    names = {p.name for p in problem.law.free}
+    if not problem.law.changes:
+        return problem.theta(prior.values)
+    starts = draw_starts(problem, np.random.default_rng(0), n_starts=4, n_candidates=60)
+    if names <= prior.values.keys():
+        starts.append(problem.theta(prior.values))
+    return min((minimise(problem, start, rounds=3) for start in starts), key=lambda answer: answer[1])[0]
+
+
+def _noise(run_ids: Sequence[str], n: int, seed: int) -> Array:
+    """Standard normal draws, (n, runs), each run's from its own stream."""
+    columns = [np.random.default_rng((seed, zlib.crc32(run_id.encode()))).standard_normal(n) for run_id in run_ids]
+    return np.stack(columns, axis=1)
+
+
+def _box(
+    prior: Prior,
+    cost: Cost,
+    target: float,
+    design: ResultsData,
+    given: Mapping[str, tuple[float, float]] | None,
+    family: str,
+) -> dict[str, tuple[float, float]]:
+    """R and P as given or as in the design, N around the prior's best. A coordinate with one value in the design is held."""
+    if family == "dense":
+        box = {"R": (1.0, 1.0), "P": (0.0, 0.0)}
+    else:
+        box = {name: _span(design.values(name)) for name in "RP"} | dict(given or {})
+    if len(levels(design.N)) == 1:
+        middle = float(np.median(design.N))
+        return {**box, "N": (middle, middle)}
+    best = Search(prior.law, cost, target, {**box, "N": _priced_sizes(cost, target, box)}).minimise(prior.values)[0]
+    low, high = _priced_sizes(cost, target, box)
+    return {**box, "N": (max(best / _N_ROOM, low), min(best * _N_ROOM, high))}
+
+
+def _span(values: Array) -> tuple[float, float]:
+    """Lowest and highest value; their middle twice where realised values only scatter around one."""
+    if len(levels(values)) == 1:
+        middle = float(np.median(values))
+        return middle, middle
+    return float(values.min()), float(values.max())
+
+
+def _no_trade(law: Law) -> str:
+    """Why a budget cannot be divided under this law; empty where it can."""
+    missing = [name for name in "ND" if name not in law.inputs]
+    return (
+        f"the runs have one value of {' and of '.join(missing)}, so no trade between N and D is known"
+        if missing
+        else ""
+    )
+
+
+def _priced_sizes(cost: Cost, target: float, box: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
+    """Sizes that have a cost at every R and P of the box, and that the target trains on one token each at the least."""
+    sizes = np.geomspace(*_ANY_SIZE, 111)
+    corners = np.array([(r, p) for r in box["R"] for p in box["P"]])
+    price = np.asarray(cost(sizes[:, None], 1.0, corners[:, 0], corners[:, 1]))
+    usable = sizes[np.isfinite(price).all(axis=1) & (price.max(axis=1) < target)]
+    if not len(usable):
+        raise UserError(f"target = {target:g} FLOPs pays for no model; give a larger target")
+    return float(usable[0]), float(usable[-1])
+
+
+def _constants(law: Law, centre: Mapping[str, float], values: Mapping[str, Array]) -> tuple[Quantity, ...]:
+    held = {name: next((c.reason for c in law.changes if c.parameter == name), "") for name, _ in law.fixed}
+    found = []
+    for p in law.parameters:
+        if p.kind not in ("floor", "exponent"):
+            continue
+        quantity = _quantity(p.name, centre[p.name], values[p.name])
+        found.append(dataclasses.replace(quantity, held=held[p.name] or "by choice") if p.name in held else quantity)
+    return tuple(found)
+
+
+def _quantity(name: str, planted: float, values: Array, *, is_log: bool = False) -> Quantity:
+    low, first, last, high = np.percentile(values, [2.5, 10, 90, 97.5])
+    spread = np.log(last / first) if is_log else last - first
+    return Quantity(name, float(planted), float(low), float(high), float(spread), is_log)
+
+
+def _choice(name: str, found: Array, search: Search, law: Law) -> Quantity:
+    column, axis = "NDRP".index(name), "NRP".index(name)
+    quantity = _quantity(name, found[-1, column], found[:-1, column], is_log=name != "P")
+    if held := _no_trade(law) if search.open[axis] else "the design has one value":
+        return dataclasses.replace(quantity, held=held)
+    position = found[:-1, column] if name == "P" else np.log(found[:-1, column])
+    margin = _EDGE * (search.upper[axis] - search.lower[axis])
+    at_low = float(np.mean(position <= search.lower[axis] + margin))
+    at_high = float(np.mean(position >= search.upper[axis] - margin))
+    return dataclasses.replace(quantity, at_low=at_low, at_high=at_high)
