@@ -37,6 +37,11 @@ def refit_many(problem: Problem, theta: Array, targets: Array) -> Array:
     return np.concatenate(parts) if parts else np.empty((0, len(theta)))
 
 
+def objectives(problem: Problem, thetas: Array, targets: Array) -> Array:
+    """Sum of penalties of each refit, (S,)."""
+    return problem.penalties(_residuals(problem, thetas, targets)).sum(axis=1)
+
+
 def natural_values(problem: Problem, thetas: Array) -> dict[str, Array]:
     """Constants in natural units from thetas (S, p): name -> (S,)."""
     rows = [problem.values(theta) for theta in thetas]
@@ -93,13 +98,21 @@ def _steps(problem: Problem, residuals: Array, jacobian: Array, thetas: Array, d
 
 def _linearise(problem: Problem, thetas: Array, targets: Array) -> tuple[Array, Array]:
     """Log residuals (S, n) and their derivatives (S, n, p) at thetas (S, p)."""
-    law = problem.law
-    scaled: dict[str, Any] = {**problem.held_values} | {
-        p.name: (np.exp(t) if p.kind == "amplitude" else t)[:, None] for p, t in zip(law.free, thetas.T)
-    }
+    law, scaled = problem.law, _scaled(problem, thetas)
     prediction, partials = law.evaluate(scaled, problem.variables, gradient=True)
     prediction = np.broadcast_to(prediction, targets.shape)
     jacobian = np.empty((*targets.shape, len(law.free)))
     for column, p in enumerate(law.free):
         jacobian[..., column] = partials[p.name] * (scaled[p.name] if p.kind == "amplitude" else 1.0) / prediction
     return np.log(prediction / targets), jacobian
+
+
+def _residuals(problem: Problem, thetas: Array, targets: Array) -> Array:
+    prediction = problem.law.evaluate(_scaled(problem, thetas), problem.variables, gradient=False)[0]
+    return np.log(prediction / targets)
+
+
+def _scaled(problem: Problem, thetas: Array) -> dict[str, Any]:
+    """Centred constants as columns (S, 1) that broadcast against the runs."""
+    free = {p.name: (np.exp(t) if p.kind == "amplitude" else t)[:, None] for p, t in zip(problem.law.free, thetas.T)}
+    return {**problem.held_values, **free}

@@ -10,7 +10,8 @@ import numpy as np
 from analysis.data import ResultsData
 from analysis.descent import minimise
 from analysis.design import levels, reduce_law
-from analysis.ensemble import natural_values, refit_many
+from analysis.ensemble import natural_values, objectives, refit_many
+from analysis.identify import wide_interval
 from analysis.laws import Law
 from analysis.objective import Problem
 from analysis.prior import Prior
@@ -27,6 +28,12 @@ N_SIMULATED = 200
 _N_ROOM = 100.0
 """The best N at the target is searched within this factor of the prior's own, on either side."""
 _ANY_SIZE = (1e3, 1e14)
+_EXACT = 1e-12
+"""Mean squared log residual below which a law without noise is reproduced."""
+_BLUR = 3.0
+_N_STARTS = 5
+_AS_GOOD = 1e-3
+"""Relative difference of objectives that no run could tell: two answers closer than that are both answers."""
 _EDGE = 0.01
 
 
@@ -42,6 +49,7 @@ class Quantity:
         is_log: whether widths are ratios (N, R, D) or differences (exponents, P, the floor).
         at_low: share of the simulations that end at the lower edge of the search. at_high: at the upper edge.
         held: why it is no answer of this sweep; empty where it is one.
+        doubt: why a fit of this sweep would likely call it not identified; empty where it would not.
     """
 
     name: str
@@ -53,6 +61,7 @@ class Quantity:
     at_low: float = 0.0
     at_high: float = 0.0
     held: str = ""
+    doubt: str = ""
 
     @property
     def at_edge(self) -> float:
@@ -91,6 +100,7 @@ class Expected:
         constants: floor and exponents.
         choices: the optimum's N, R and P (N alone for a dense model).
         loss: predicted loss at the optimum.
+        beyond_prior: how far the runs reach outside those behind the prior, in decades, by input.
     """
 
     family: str
@@ -102,6 +112,7 @@ class Expected:
     constants: tuple[Quantity, ...]
     choices: tuple[Quantity, ...]
     loss: Quantity
+    beyond_prior: Mapping[str, float]
 
     def __getitem__(self, name: str) -> Quantity:
         """A quantity by name: `expected["P"].width`."""
@@ -128,6 +139,7 @@ class Expected:
             "equation": self.law.equation,
             "reductions": [change.describe() for change in self.law.changes],
             "prior": self.prior.to_dict(),
+            "decades_beyond_prior": dict(self.beyond_prior),
             "n_runs": self.n_runs,
             "n_simulated": self.n_simulated,
             "target_flops": self.target,
@@ -181,7 +193,7 @@ def expect(
         cost: training FLOPs, `cost(N, D, R, P)`.
         target: training FLOPs that the optimum is asked for.
         law: what is refitted; by default what `fit` would choose for these runs.
-        box: ranges of R and P that the optimum may take; those of the design by default.
+        box: ranges of R and P (and N) that the optimum may take; those of the design by default.
         n: simulated sweeps.
         seed: seeds the noise.
 
@@ -199,9 +211,14 @@ def expect(
     problem = Problem.build(law, data)
     theta = _noise_free(problem, prior)
     noise = prior.noise * _noise(design.run_ids, n, seed)
-    thetas = refit_many(problem, theta, problem.target * np.exp(noise))
+    targets = problem.target * np.exp(noise)
+    thetas = refit_many(problem, theta, targets)
+    if _blurred(problem, theta, thetas, prior.noise):
+        thetas = _from_many_starts(problem, thetas, targets, seed)
     centre, values = problem.values(theta), natural_values(problem, thetas)
-    search = Search(law, cost, target, _box(prior, cost, target, design, box, family))
+    blurred = _blurred(problem, theta, thetas, prior.noise)
+    search = Search(law, cost, target, search_box(design, prior, cost, target, box))
+    no_trade = _no_trade(law)
     found = search.minimise_many({k: np.append(v, centre[k]) for k, v in values.items()})
     return Expected(
         family=family,
@@ -210,21 +227,66 @@ def expect(
         n_runs=len(design),
         n_simulated=n,
         target=float(target),
-        constants=_constants(law, centre, values),
-        choices=tuple(_choice(name, found, search, law) for name in ("NRP" if family == "dlcm" else "N")),
-        loss=dataclasses.replace(_quantity("loss", found[-1, 4], found[:-1, 4]), held=_no_trade(law)),
+        constants=_constants(law, centre, values, blurred),
+        choices=tuple(_choice(name, found, search, no_trade) for name in ("NRP" if family == "dlcm" else "N")),
+        loss=dataclasses.replace(_quantity("loss", found[-1, 4], found[:-1, 4]), held=no_trade),
+        beyond_prior=prior.beyond(N=_reach(design.N), D=_reach(design.D)),
     )
+
+
+def _reach(values: Array) -> tuple[float, float]:
+    return float(values.min()), float(values.max())
 
 
 def _noise_free(problem: Problem, prior: Prior) -> Array:
     """Constants of the fit without noise: the prior's own, or of a reduction the nearest that it can come."""
-    names = {p.name for p in problem.law.free}
     if not problem.law.changes:
         return problem.theta(prior.values)
+    # A reduction has no constants that the prior has not: a tie keeps one of its two names.
+    first = minimise(problem, problem.theta(prior.values), rounds=3)
+    if first[1] * problem.delta**2 <= _EXACT * len(problem):
+        return first[0]
     starts = draw_starts(problem, np.random.default_rng(0), n_starts=4, n_candidates=60)
-    if names <= prior.values.keys():
-        starts.append(problem.theta(prior.values))
-    return min((minimise(problem, start, rounds=3) for start in starts), key=lambda answer: answer[1])[0]
+    others = [minimise(problem, start, rounds=3) for start in starts]
+    return min((first, *others), key=lambda answer: answer[1])[0]
+
+
+def _from_many_starts(problem: Problem, thetas: Array, targets: Array, seed: int) -> Array:
+    """Refits from starts all over, as `fit` makes them; of those that fit as well as the best, one at random for each sweep.
+
+    From the planted constants alone a descent stays where a flat floor lets it stay.
+    """
+    rng = np.random.default_rng((seed, len(targets)))
+    starts = draw_starts(problem, rng, n_starts=_N_STARTS, n_candidates=20 * _N_STARTS)
+    answers = np.stack([thetas, *(refit_many(problem, start, targets) for start in starts)])
+    values = np.stack([objectives(problem, answer, targets) for answer in answers])
+    as_good = values <= values.min(axis=0) * (1 + _AS_GOOD)
+    picked = np.argmax(np.where(as_good, rng.random(values.shape), -1.0), axis=0)
+    return np.take_along_axis(answers, picked[None, :, None], axis=0)[0]
+
+
+def _blurred(problem: Problem, theta: Array, thetas: Array, noise: float) -> dict[str, str]:
+    """Constants that the refits seem to know better than any unbiased estimate could.
+
+    By the Cramer-Rao bound no estimate scatters less than noise * sqrt(diag (J'J)^-1). Refits that do so have stayed where they
+    began, on a floor as flat as that: the runs do not tell these constants, and the narrow scatter must not be shown.
+    """
+    lower, upper = problem.bounds()
+    # A constant on its bound is held by it: the bound is that of the others alone.
+    inside = (theta > lower + 1e-9) & (theta < upper - 1e-9)
+    jacobian = problem.residuals_and_jacobian(theta)[1][:, inside]
+    if not jacobian.size:
+        return {}
+    norms = np.maximum(np.linalg.norm(jacobian, axis=0), 1e-300)
+    unit = jacobian / norms
+    sizes, axes = np.linalg.eigh(unit.T @ unit)
+    bound = noise * np.sqrt(np.sum(axes**2 / np.maximum(sizes, 1e-15 * sizes[-1]), axis=1)) / norms
+    found = {}
+    for i, least in zip(np.flatnonzero(inside), bound):
+        p, possible = problem.law.free[i], (upper[i] - lower[i]) / 4
+        if p.kind in ("floor", "exponent") and thetas[:, i].std() * _BLUR < min(least, possible):
+            found[p.name] = "these runs cannot tell it from the other constants"
+    return found
 
 
 def _noise(run_ids: Sequence[str], n: int, seed: int) -> Array:
@@ -233,24 +295,30 @@ def _noise(run_ids: Sequence[str], n: int, seed: int) -> Array:
     return np.stack(columns, axis=1)
 
 
-def _box(
+def search_box(
+    design: ResultsData,
     prior: Prior,
     cost: Cost,
     target: float,
-    design: ResultsData,
-    given: Mapping[str, tuple[float, float]] | None,
-    family: str,
+    given: Mapping[str, tuple[float, float]] | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """R and P as given or as in the design, N around the prior's best. A coordinate with one value in the design is held."""
-    if family == "dense":
+    """Where the optimum may lie: R and P as given or as in the design, N within a factor of 100 of the prior's best.
+
+    A coordinate with one value in the design is held.
+
+    Raises:
+        UserError: the target pays for no model.
+    """
+    if prior.law.family == "dense":
         box = {"R": (1.0, 1.0), "P": (0.0, 0.0)}
     else:
         box = {name: _span(design.values(name)) for name in "RP"} | dict(given or {})
+    if "N" in box:
+        return box
     if len(levels(design.N)) == 1:
-        middle = float(np.median(design.N))
-        return {**box, "N": (middle, middle)}
-    best = Search(prior.law, cost, target, {**box, "N": _priced_sizes(cost, target, box)}).minimise(prior.values)[0]
+        return {**box, "N": _span(design.N)}
     low, high = _priced_sizes(cost, target, box)
+    best = Search(prior.law, cost, target, {**box, "N": (low, high)}).minimise(prior.values)[0]
     return {**box, "N": (max(best / _N_ROOM, low), min(best * _N_ROOM, high))}
 
 
@@ -259,7 +327,7 @@ def _span(values: Array) -> tuple[float, float]:
     if len(levels(values)) == 1:
         middle = float(np.median(values))
         return middle, middle
-    return float(values.min()), float(values.max())
+    return _reach(values)
 
 
 def _no_trade(law: Law) -> str:
@@ -283,14 +351,21 @@ def _priced_sizes(cost: Cost, target: float, box: Mapping[str, tuple[float, floa
     return float(usable[0]), float(usable[-1])
 
 
-def _constants(law: Law, centre: Mapping[str, float], values: Mapping[str, Array]) -> tuple[Quantity, ...]:
-    held = {name: next((c.reason for c in law.changes if c.parameter == name), "") for name, _ in law.fixed}
+def _constants(
+    law: Law, centre: Mapping[str, float], values: Mapping[str, Array], blurred: Mapping[str, str]
+) -> tuple[Quantity, ...]:
+    held = {name: next((c.reason for c in law.changes if c.parameter == name), "by choice") for name, _ in law.fixed}
+    held |= blurred
     found = []
     for p in law.parameters:
         if p.kind not in ("floor", "exponent"):
             continue
         quantity = _quantity(p.name, centre[p.name], values[p.name])
-        found.append(dataclasses.replace(quantity, held=held[p.name] or "by choice") if p.name in held else quantity)
+        if p.name in held:
+            quantity = dataclasses.replace(quantity, held=held[p.name])
+        elif reason := wide_interval(p, quantity.low, quantity.high):
+            quantity = dataclasses.replace(quantity, doubt=reason)
+        found.append(quantity)
     return tuple(found)
 
 
@@ -300,10 +375,10 @@ def _quantity(name: str, planted: float, values: Array, *, is_log: bool = False)
     return Quantity(name, float(planted), float(low), float(high), float(spread), is_log)
 
 
-def _choice(name: str, found: Array, search: Search, law: Law) -> Quantity:
+def _choice(name: str, found: Array, search: Search, no_trade: str) -> Quantity:
     column, axis = "NDRP".index(name), "NRP".index(name)
     quantity = _quantity(name, found[-1, column], found[:-1, column], is_log=name != "P")
-    if held := _no_trade(law) if search.open[axis] else "the design has one value":
+    if held := no_trade if search.open[axis] else "the design has one value":
         return dataclasses.replace(quantity, held=held)
     position = found[:-1, column] if name == "P" else np.log(found[:-1, column])
     margin = _EDGE * (search.upper[axis] - search.lower[axis])

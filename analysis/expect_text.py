@@ -23,7 +23,12 @@ def format_expected(expected: Sequence[Expected]) -> str:
             f"{_FAMILY[found.family]}, {found.n_runs} runs, prior: {found.prior.source}",
             f"  {found.law.equation}",
         ]
-        lines += [f"  not told apart by these runs: {change.describe()}" for change in found.law.changes]
+        lines += [f"  fitted with {change.describe()}" for change in found.law.changes]
+        if beyond := found.beyond_prior:
+            far = ", ".join(f"{name} by {decades:.1f} decades" for name, decades in beyond.items())
+            lines.append(
+                f"  the prior is extrapolated ({far}): a rough guide; fit first results, and give them with --prior"
+            )
         lines += _rows(found.constants)
         lines += [f"  least loss at {found.target:.3g} training FLOPs:", *_rows((*found.choices, found.loss))]
     return "\n".join(lines)
@@ -33,8 +38,10 @@ def _rows(quantities: Sequence[Quantity]) -> list[str]:
     """One aligned line a quantity."""
     cells = []
     for q in quantities:
-        interval = f"held: {q.held}" if q.held else f"{q.low:.4g} to {q.high:.4g}"
-        cells.append((q.name, f"{q.planted:.4g}", interval + _edges(q)))
+        interval = q.held or f"{q.low:.4g} to {q.high:.4g}"
+        cells.append(
+            (q.name, f"{q.planted:.4g}", interval + _edges(q) + (f"   not identified: {q.doubt}" if q.doubt else ""))
+        )
     name, value = (max((len(row[i]) for row in cells), default=0) for i in (0, 1))
     return [f"    {row[0].ljust(name)}  {row[1].rjust(value)}   {row[2]}".rstrip() for row in cells]
 

@@ -15,6 +15,7 @@ loss, until something else (memory) limits N. The search then ends at the larges
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ DEFAULT_NOISE = 0.005
 _DENSE = {"E": 1.8169, "A": 482.01, "alpha": 0.3478, "B": 2085.43, "beta": 0.3658}
 _CONCEPT_OVER_TOKEN = 0.2
 _G = 0.1
+_RANGES = {"N": (7e7, 1.6e10), "D": (5e9, 5e11)}
+"""Of the runs behind the dense constants: 70 million to 16 billion parameters, 5 to 500 billion tokens (Hoffmann et al. 2022)."""
 _DEFAULT_SOURCE = "shipped default: constants of Besiroglu et al. 2024, concept term assumed; for planning only"
 
 
@@ -45,12 +48,26 @@ class Prior:
         values: its constants in natural units (parameters, tokens, nats).
         noise: standard deviation of log loss of one run around the law, between seeds.
         source: where the constants are from.
+        ranges: input -> (lowest, highest) among the runs that the constants come from.
     """
 
     law: Law
     values: Mapping[str, float]
     noise: float
     source: str
+    ranges: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+
+    def beyond(self, **inputs: tuple[float, float]) -> dict[str, float]:
+        """How far ranges of inputs reach outside those of the prior, in decades, by input; empty inside."""
+        distances = {}
+        for name, (low, high) in inputs.items():
+            known = self.ranges.get(name)
+            if known is None or not known[0] > 0:
+                continue
+            distance = max(math.log10(high / known[1]), math.log10(known[0] / low))
+            if distance > 0.1:
+                distances[name] = distance
+        return distances
 
     def with_noise(self, noise: float | None) -> "Prior":
         """The same law with another noise; itself where None is given.
@@ -74,7 +91,7 @@ class Prior:
 def default_prior(family: str = "dlcm") -> Prior:
     """The shipped prior of a family (`dlcm` or `dense`); see the head of this module."""
     if family == "dense":
-        return Prior(laws.CHINCHILLA, _DENSE, DEFAULT_NOISE, "shipped default: Besiroglu et al. 2024")
+        return Prior(laws.CHINCHILLA, _DENSE, DEFAULT_NOISE, "shipped default: Besiroglu et al. 2024", _RANGES)
     alpha = _DENSE["alpha"]
     best = optimize.minimize_scalar(
         lambda p: (1 - p) ** -alpha + _CONCEPT_OVER_TOKEN * p**-alpha, bounds=(1e-3, 1 - 1e-3), method="bounded"
@@ -83,7 +100,7 @@ def default_prior(family: str = "dlcm") -> Prior:
     values = {"E0": _DENSE["E"], "A_t": a_token, "t_t": 0.0, "d1": alpha}
     values |= {"A_c": _CONCEPT_OVER_TOKEN * a_token, "g": _G, "t_c": 0.0, "d2": alpha}
     values |= {"A_d": _DENSE["B"], "t_d": 0.0, "a": _DENSE["beta"]}
-    return Prior(laws.COMPRESSION_AWARE, values, DEFAULT_NOISE, _DEFAULT_SOURCE)
+    return Prior(laws.COMPRESSION_AWARE, values, DEFAULT_NOISE, _DEFAULT_SOURCE, _RANGES)
 
 
 def prior_from_fit(result: FitResult, source: str = "") -> Prior:
@@ -112,7 +129,8 @@ def prior_from_fit(result: FitResult, source: str = "") -> Prior:
             "give it (--noise), or use a richer fit"
         )
     noise = result.rms * (result.n_runs / spare) ** 0.5
-    return Prior(law, values, noise, f"fit of {result.n_runs} runs ({result.status}), {source or result.source}")
+    told = f"fit of {result.n_runs} runs ({result.status}), {source or result.source}"
+    return Prior(law, values, noise, told, {name: result.ranges[name] for name in "ND" if name in result.ranges})
 
 
 def load_prior(path: str | Path, family: str = "dlcm") -> Prior:

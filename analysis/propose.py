@@ -1,16 +1,15 @@
 """Which runs to pay for: the set under a budget that pins down the compute-optimal N, R and P best.
 
-Every candidate run i carries information about the constants theta of the law, J_i = x_i x_i' / noise², x_i = d log L / d theta. The
-optimum x* = argmin L(x; theta) under cost(x, D) = target moves with theta by the implicit function theorem,
+Every candidate run i carries information about the constants theta of the law, J_i = x_i x_i' / noise², x_i = d log L /
+d theta. The optimum x* = argmin L(x; theta) under cost(x, D) = target moves with theta by the implicit function theorem,
 
     G = dx*/dtheta = -(d²L/dx²)^-1 d²L/dx dtheta,
 
 so a set with information M = sum J_i leaves it with covariance G M^-1 G'. The criterion is the mean of log variances over
-log N*, log R* and P* (those that lie inside their range): scale-free, and so is the greedy choice of the run that lowers it most per
-FLOP. It is averaged over draws from around the prior, because a design that is best for one set of constants alone is fragile: it
-puts all runs where that law bends, and cannot notice that it bends elsewhere.
-
-The same criterion with a small weight on log det M keeps every constant of the law estimable.
+log N*, log R* and P* (those that lie inside their range): scale-free, and so is the greedy choice of the run that lowers it
+most for its price. It is averaged over draws from around the prior, because a design that is best for one set of constants
+alone is fragile: it puts all runs where that law bends, and cannot notice that another bends elsewhere. A small weight on
+log det M keeps every constant of the law estimable.
 """
 
 import dataclasses
@@ -148,7 +147,9 @@ def _optimum_gradient(
     hessian = np.empty((k, k))
     for i in range(k):
         for j in range(k):
-            stencil = np.stack([x + moves[i] + moves[j], x + moves[i] - moves[j], x - moves[i] + moves[j], x - moves[i] - moves[j]])
+            stencil = np.stack(
+                [x + moves[i] + moves[j], x + moves[i] - moves[j], x - moves[i] + moves[j], x - moves[i] - moves[j]]
+            )
             signs = np.array([1.0, -1.0, -1.0, 1.0])
             hessian[i, j] = signs @ losses(stencil) / (4 * _STEP**2)
     points = np.concatenate([x + moves, x - moves])
@@ -176,7 +177,12 @@ class _Design:
 
     def __init__(self, draws: list[_Draw], costs: Array, budget: float, max_runs: int, max_seeds: int) -> None:
         self.draws = [d for d in draws if len(d.targets)] or draws
-        self.costs, self.budget, self.max_runs, self.max_seeds = np.asarray(costs, dtype=float), budget, max_runs, max_seeds
+        self.costs, self.budget, self.max_runs, self.max_seeds = (
+            np.asarray(costs, dtype=float),
+            budget,
+            max_runs,
+            max_seeds,
+        )
         self.counts = np.zeros(len(costs), dtype=int)
         p = draws[0].gradients.shape[1]
         self.inverses = [np.eye(p) / _RIDGE for _ in self.draws]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis.data import ResultsData
-from analysis.expect import Expected, design_of, expect
+from analysis.expect import Expected, design_of, expect, search_box
 from analysis.search import Cost
 from dlcm.errors import UserError
 
@@ -67,8 +67,8 @@ def vary(
         progress: called with (done, all).
     """
     design = design_of(plan, "dlcm")
-    box = {name: (float(design.values(name).min()), float(design.values(name).max())) for name in "RP"}
     prior, target = expected.prior, expected.target
+    box = search_box(design, prior, cost, target)
 
     def spreads(data: ResultsData) -> dict[str, float]:
         answer = expect(data, prior, cost, target, law=expected.law, box=box, n=n, seed=seed)
@@ -100,10 +100,14 @@ def _changes(plan: "Plan") -> Iterator[tuple[Variation, tuple["PlannedRun", ...]
         values = sorted({v for run in plan.runs if (v := value_of(run, axis)) is not None and _is_dlcm(run)})
         if not values:
             continue
-        if len(values) > 1:
+        # With one value left of an axis another law would be fitted, and with a second one to an axis of one value too: what
+        # the scatter of the same constants is then compared to has no meaning. Seeds are in no law.
+        if len(values) > (1 if axis == "seed" else 2):
             for value in values:
                 runs = tuple(run for run in plan.runs if value_of(run, axis) != value)
                 yield Variation("without", axis, value, _label("without", axis, value, plan)), runs
+        if len(values) == 1 and axis in ("size", "compression_ratio", BUDGET):
+            continue
         for value in _beyond(axis, values):
             variation = Variation("with", axis, value, _label("with", axis, value, plan))
             try:
