@@ -11,7 +11,6 @@ import dataclasses
 import statistics
 
 import numpy as np
-from common import RESULTS, environment, format_table, write_result
 
 from analysis import laws
 from analysis.cost import cost_of_plan
@@ -19,6 +18,7 @@ from analysis.expect import design_of, expect, search_box
 from analysis.prior import Prior, default_prior
 from analysis.proposal import propose
 from analysis.search import Search
+from benchmarks.common import RESULTS, environment, format_table, write_result
 from sweeps import Sweep
 
 N_LAWS = 24

@@ -157,6 +157,26 @@ def cross_table(payload: Payload) -> str:
     return "\n\n".join(parts)
 
 
+def design_table(payload: Payload) -> str:
+    """One row a case: how many planted laws, how often the proposal knows more, and by how much."""
+    return format_table(
+        [
+            {
+                "template": case["recipe"],
+                "budget, FLOPs": f"{case['budget_flops']:.0e}",
+                "target": f"{case['target_flops']:.0e}",
+                "laws": case["n_laws"],
+                "P narrower": case["narrower_P"],
+                "P interval, median": case["median_P_interval_ratio"],
+                "P scatter, median": case["median_P_scatter_ratio"],
+                "N narrower": case["narrower_N"],
+                "N interval, median": case["median_N_interval_ratio"],
+            }
+            for case in payload["cases"]
+        ]
+    )
+
+
 GAINS = (
     "How many times faster `staircase` is than `replicated`, under our visibility and, *own*, where a token sees its own\n"
     "segment too, which is the form that the paper's replication computes:"
@@ -170,6 +190,7 @@ TABLES: dict[str, Callable[[Payload], str]] = {
     "ratio_control": ratio_table,
     "step_": step_table,
     "cross_attention_": cross_table,
+    "design": design_table,
 }
 
 
