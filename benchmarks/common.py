@@ -1,6 +1,5 @@
 """What every timing script shares: where it ran, medians of interleaved repeats, a table, a JSON file."""
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dlcm.provenance import describe_environment
+from dlcm.provenance import describe_environment, processor_name
 from dlcm.record import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -21,7 +20,7 @@ def environment(device: str | torch.device) -> dict[str, Any]:
     """Code version, package versions, device name and threads: what a figure needs to be repeated."""
     device = torch.device(device)
     found = describe_environment(device_name(device), torch.get_num_threads())
-    for name in ("slurm", "host", "platform"):  # of no use to a reader elsewhere
+    for name in ("slurm", "host", "platform", "processor"):  # of no use to a reader elsewhere
         del found[name]
     found["device_type"] = device.type
     for name in _KERNEL_PACKAGES:
@@ -39,10 +38,7 @@ def device_name(device: str | torch.device) -> str:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    for line in _lines(Path("/proc/cpuinfo")):
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return processor_name()
 
 
 def median_ms(
@@ -117,10 +113,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return str(value)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []

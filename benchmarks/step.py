@@ -7,7 +7,7 @@ ratio loss, backward, clipping, AdamW and the ratio controller. What counts is t
 
 with FLOPs at the realised R and the real documents: 1 if the DLCM runs its operations as fast as the dense model does. Steps
 of the models take turns, and medians are compared. MFU is FLOPs over time over a peak: of the largest matrix product measured
-here, and of the datasheet where the device has a line in `DATASHEET`.
+here, and of the datasheet where `flops.hardware` knows the device.
 
 Limit (`--assert`): 1.15 at 5M parameters on a CPU in fp32; 1.2 at 350M on a GPU in bf16, for the faster of eager and compiled.
 """
@@ -27,11 +27,10 @@ from dlcm.config import BoundaryConfig, ModelConfig, OptimConfig
 from dlcm.model import Model, Output, build_model, next_token_loss
 from dlcm.optim import build_optimizer
 from flops import count, parameters
+from flops.hardware import recognise
 from sweeps.shapes import dense_shape, dlcm_shape
 
 RATIO, SHARE = 4.0, 0.6
-# Dense bf16 rates of the datasheets, FLOP/s, without sparsity.
-DATASHEET = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,8 @@ def measure(made: Mapping[str, Stepper], setting: Setting, device: str, peak: fl
             step()
     warm = {name: len(step.n_concepts_S) for name, step in made.items()}
     times = median_ms(made, setting.repeats, device)
-    datasheet = next((rate for part, rate in DATASHEET.items() if part in device_name(device)), None)
+    known = recognise(device_name(device))
+    datasheet = known.bf16_flops if known else None
     rows = []
     for name, step in made.items():
         kind, mode = name.split(", ")

@@ -22,8 +22,18 @@ def source_commit() -> tuple[str | None, str | None]:
     return commit, hashlib.sha256(difference.encode()).hexdigest()[:16] if difference else None
 
 
+def processor_name() -> str:
+    """The model name of the processor, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
 def describe_environment(device: str, threads: int) -> dict[str, Any]:
-    """The content of `env.json`: code version, package versions, host, device, SLURM ids."""
+    """The content of `env.json`: code version, package versions, host, device, processor, SLURM ids."""
     commit, dirty = source_commit()
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
@@ -36,8 +46,9 @@ def describe_environment(device: str, threads: int) -> dict[str, Any]:
         "git_dirty_hash": dirty,
         "versions": versions,
         "host": platform.node(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "device": device,
+        "processor": processor_name(),
         "threads": threads,
         "slurm": {
             k: v for k, v in sorted(os.environ.items()) if k.startswith("SLURM_") and k.endswith(("_ID", "_COUNT"))

@@ -15,7 +15,7 @@ killed continues from its last checkpoint to the same bits (CPU, same number of 
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,25 @@ def train(config: RunConfig, run_dir: Path | str, *, on_step: Callable[[Progress
         return _Trainer(config, run_dir).run(on_step)
 
 
+def step_seconds(config: RunConfig, corpus: Corpus) -> Iterator[float]:
+    """Take the training steps of a run one by one, for measurements: nothing is written, and there is no last one.
+
+    Args:
+        config: the run; longer than what is measured, because its learning rate is scheduled for its own steps alone.
+        corpus: what batches are drawn from; its tokenizer must fit the model.
+
+    Yields:
+        Wall seconds of each step, the drawing of its batch and the optimizer included. A step ends by reading results of
+        its last operations, so on a GPU too the time is that of the work, not of its launch.
+    """
+    trainer = _Trainer(config, Path(), corpus)
+    while True:
+        started = time.perf_counter()
+        trainer._train_step()
+        trainer.step += 1
+        yield time.perf_counter() - started
+
+
 def _claim(config: RunConfig, run_dir: Path) -> None:
     """Write `run.json`, or check that the directory already belongs to this very config."""
     path = run_dir / "run.json"
@@ -126,9 +145,9 @@ def _claim(config: RunConfig, run_dir: Path) -> None:
 class _Trainer:
     """State and steps of one run."""
 
-    def __init__(self, config: RunConfig, run_dir: Path) -> None:
+    def __init__(self, config: RunConfig, run_dir: Path, corpus: Corpus | None = None) -> None:
         self.config, self.run_dir = config, run_dir
-        self.corpus = open_corpus(config.data)
+        self.corpus = corpus or open_corpus(config.data)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.device_name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         bf16 = config.train.is_bf16(self.device.type)

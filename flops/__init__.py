@@ -1,4 +1,4 @@
-"""What a configuration costs: FLOPs and parameters in one closed form, and the counters that check it."""
+"""What a configuration costs: FLOPs and parameters in closed form, counters that check them, and what a device makes of it."""
 
 from typing import TYPE_CHECKING
 
@@ -9,5 +9,18 @@ if TYPE_CHECKING:
     from flops.count import ParamCount as ParamCount
     from flops.count import count as count
     from flops.count import parameters as parameters
+    from flops.hardware import ACCELERATORS as ACCELERATORS
+    from flops.hardware import Estimate as Estimate
+    from flops.hardware import Hardware as Hardware
+    from flops.hardware import estimate as estimate
+    from flops.memory import Memory as Memory
+    from flops.memory import memory as memory
 
-lazy_exports(__name__, dict.fromkeys(("FlopCount", "ParamCount", "count", "parameters"), "flops.count"))
+lazy_exports(
+    __name__,
+    {
+        **dict.fromkeys(("FlopCount", "ParamCount", "count", "parameters"), "flops.count"),
+        **dict.fromkeys(("ACCELERATORS", "Estimate", "Hardware", "estimate"), "flops.hardware"),
+        **dict.fromkeys(("Memory", "memory"), "flops.memory"),
+    },
+)

@@ -35,17 +35,24 @@ def show_verb(
     ] = Cross.exact,
     as_json: AsJson = False,
 ) -> None:
-    """Parameters and FLOPs of one model or run, by component."""
+    """Parameters and FLOPs of one model or run, by component; of a finished run also its speed and MFU."""
     import json
 
     from flops.count import count, parameters
+    from flops.speed import format_speed, run_speed
     from flops.table import format_subject, load_subject, subject_json
 
     subject = load_subject(path)
     ratio = tokens_per_concept or subject.tokens_per_concept_train
     flops = count(subject.model, seq_len or subject.seq_len, ratio, cross=cross.value)
     args = subject, parameters(subject.model), flops
-    print(json.dumps(subject_json(*args), indent=2) if as_json else format_subject(*args))
+    speed = run_speed(path) if path.is_dir() else None
+    if as_json:
+        print(json.dumps({**subject_json(*args), "speed": speed.to_json() if speed else None}, indent=2))
+    else:
+        print(format_subject(*args))
+        if speed:
+            print(format_speed(speed))
 
 
 @app.command("check")

@@ -11,7 +11,9 @@ flops_app = typer.Typer(rich_markup_mode=None)
 
 SweepFile = Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="the sweep file")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
-CsvFile = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="also write the table as CSV")]
+CsvFile = Annotated[
+    Path | None, typer.Option("--csv", metavar="FILE", help="also write the table as CSV; - prints it instead")
+]
 
 SweepName = Annotated[str, typer.Argument(metavar="SWEEP", help="its directory, its name under --dir, or its file")]
 RunNames = Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="run ids, or their first or last part")]
@@ -30,30 +32,86 @@ _RUNS = Path("runs")
 
 
 @app.command("plan")
-def plan_verb(file: SweepFile, as_json: AsJson = False, csv: CsvFile = None) -> None:
+def plan_verb(
+    file: SweepFile,
+    accelerator: Annotated[
+        str | None,
+        typer.Option("--accelerator", metavar="NAME", help="device to cost: A100, H100, H200, B200, cpu, ..."),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", min=0, help="devices of one run; cluster.gpus by default")
+    ] = None,
+    mfu: Annotated[
+        float | None, typer.Option("--mfu", help="share of the peak reached; calibrated, else 0.35, by default")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option("--price", help="of one device for one hour; cluster.price_per_hour by default")
+    ] = None,
+    as_json: AsJson = False,
+    csv: CsvFile = None,
+) -> None:
     """Show the runs of a sweep and what they cost; trains nothing."""
     import sys
 
+    from sweeps.costs import Overrides, costed
     from sweeps.plan import plan
     from sweeps.plan_table import format_csv, format_plan, plan_json, rich_table, summary
     from sweeps.spec import Sweep
 
     planned = plan(Sweep.from_yaml(file))
-    if csv is not None:
+    costs = costed(planned, Overrides(accelerator, gpus, mfu, price))
+    if csv is not None and str(csv) != "-":
         from dlcm.record import write_atomic
 
-        write_atomic(csv, format_csv(planned))
-    if as_json:
+        write_atomic(csv, format_csv(planned, costs))
+    if csv is not None and str(csv) == "-":
+        print(format_csv(planned, costs), end="")
+    elif as_json:
         import json
 
-        print(json.dumps(plan_json(planned), indent=2))
+        print(json.dumps(plan_json(planned, costs), indent=2))
     elif sys.stdout.isatty():
         from rich.console import Console
 
-        Console().print(rich_table(planned))
-        print(summary(planned))
+        Console().print(rich_table(planned, costs))
+        print(summary(planned, costs))
     else:
-        print(format_plan(planned))
+        print(format_plan(planned, costs))
+
+
+@flops_app.command("calibrate")
+def calibrate_verb(
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[SWEEP.yaml|CONFIG|RUN]", help="whose models to measure; three sizes by default"),
+    ] = None,
+    seconds: Annotated[float, typer.Option("--seconds", help="about how long to measure")] = 30.0,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads of a run; those of the sweep, else 1")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how fast this device trains, for the estimates of `sweep plan`."""
+    import dataclasses
+    import json
+
+    import torch
+
+    from dlcm.console import Reporter
+    from flops.calibrate import calibrate
+    from flops.calibration import format_calibration, save_calibration
+    from sweeps.costs import calibration_runs
+
+    configs, wanted = calibration_runs(file, gpu=torch.cuda.is_available())
+    torch.set_num_threads(threads or wanted or 1)
+    with Reporter() as report:
+        measured = calibrate(configs, seconds=seconds, progress=report)
+    path = save_calibration(measured)
+    if as_json:
+        print(json.dumps({"path": str(path), **dataclasses.asdict(measured)}, indent=2))
+    else:
+        print(format_calibration(measured))
+        print(f"written to {path}; `dlcm sweep plan` reads it")
 
 
 @flops_app.command("table")

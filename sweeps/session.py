@@ -59,7 +59,8 @@ def check_options(
 
 
 def show_dry_run(planned: "Plan", sweep_dir: Path, *, as_json: bool) -> None:
-    """Print the plan, and what a submit would train; nothing is written."""
+    """Print the plan with its costs, and what a submit would train; nothing is written."""
+    from sweeps.costs import costed
     from sweeps.plan_table import format_plan, plan_json
 
     check_sweep_dir(sweep_dir)
@@ -68,11 +69,17 @@ def show_dry_run(planned: "Plan", sweep_dir: Path, *, as_json: bool) -> None:
     if (sweep_dir / "plan.parquet").exists():
         states = [state for state in sweep_states(load_sweep(sweep_dir)) if state.run_id in ids]
     busy = [s.run_id for s in states if s.is_complete or s.status in ("running", "queued")]
+    costs = costed(planned)
     if as_json:
-        told = {"plan": plan_json(planned), "dir": str(sweep_dir), "skipped": busy, "to_train": sorted(ids - set(busy))}
+        told = {
+            "plan": plan_json(planned, costs),
+            "dir": str(sweep_dir),
+            "skipped": busy,
+            "to_train": sorted(ids - set(busy)),
+        }
         print(json.dumps(told, indent=2))
         return
-    print(format_plan(planned))
+    print(format_plan(planned, costs))
     print(f"dry run: would train {len(ids) - len(busy)} of {len(ids)} runs in {sweep_dir}{_told_skipped(states)}")
 
 

@@ -27,6 +27,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model
 
 from dlcm.config import Frozen
 from dlcm.errors import UserError, parse
+from flops.hardware import canonical_accelerator
 from sweeps.axes import COUNTS, DESIGN, check_paths, flatten, parse_count
 from sweeps.shapes import ShapeRule
 
@@ -135,6 +136,20 @@ class ClusterConfig(Frozen):
     concurrency: int = Field(default=2, gt=0, description="runs at once with `--cluster local`")
     threads: int = Field(default=1, gt=0, description="threads of one run on the CPU")
     array_parallelism: int = Field(default=256, gt=0, description="tasks of a SLURM array that run at once")
+    accelerator: str | None = Field(
+        default=None,
+        description="device that costs are estimated for: A100, A100-40GB, H100, H100-PCIe, H200, B200, or cpu, which "
+        "`dlcm flops calibrate` measures; H100 by default where gpus is above 0, else cpu",
+    )
+    mfu: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="share of the device's peak that training reaches; from the calibration by default, else 0.35",
+    )
+    price_per_hour: float | None = Field(
+        default=None, ge=0, description="price of one device for one hour, in any currency"
+    )
 
     @field_validator("time", mode="before")
     @classmethod
@@ -142,6 +157,11 @@ class ClusterConfig(Frozen):
         text = str(value)
         _minutes(text)
         return text
+
+    @field_validator("accelerator")
+    @classmethod
+    def _accelerator(cls, value: str | None) -> str | None:
+        return None if value is None else canonical_accelerator(value)
 
     @field_validator("memory")
     @classmethod

@@ -26,8 +26,9 @@ def test_plan_prints_shape_size_ratio_tokens_and_cost_of_every_run(dlcm, sweep_f
     lines = out.splitlines()
     assert (status, err) == (0, "")
     assert lines[0].split() == ["run", "shape", "N", "P", "R", "tokens", "FLOPs", "share"]
-    assert len(lines) == 1 + 3 + 1
-    assert "3 runs (2 dlcm, 1 dense)" in lines[-1]
+    assert "3 runs (2 dlcm, 1 dense)" in lines[1 + 3]
+    # No processor is calibrated in the cache of the tests.
+    assert lines[1 + 3 + 1].startswith("no time estimate")
 
 
 def test_plan_as_json_and_csv_hold_every_run(dlcm, sweep_file, tmp_path):

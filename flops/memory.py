@@ -1,0 +1,248 @@
+"""Bytes that training one model takes on one device, in closed form.
+
+What `dlcm.train` holds is fp32 weights, fp32 gradients and two fp32 moments of AdamW (`dlcm.optim`): 16 bytes a parameter,
+whatever the precision, because bf16 here is autocast. Autocast adds a bf16 copy of each matrix (`casts`), which lives as
+long as the backward pass needs it. Activations are what autograd keeps between forward and backward, counted operation by
+operation as the model runs them, and what cross-entropy holds besides: at the height of a step the logits exist four times.
+
+Checked on a CPU (`tests/flops/test_memory.py`): activations and casts are what autograd saves, to the byte, at 14 shapes in fp32
+and in bf16; the total is 0.96 to 1.06 of the allocator's peak of a real step at 16. With one micro-batch it errs on the high
+side, by 4 bytes a parameter at most: gradients come as activations go. The rest is the mask of token-to-concept attention.
+
+A GPU is not a CPU in two respects. Norms are computed in fp32 (`rms_norm` is on CUDA's autocast list), so that every matrix keeps
+its own bf16 copy of its input; and they are fused, so that they keep their input and one number a row, where a CPU keeps the
+normalised rows too. The same test holds these rules, with norms replaced by ones that do that; no GPU's allocator was asked.
+
+Not counted: the batch itself, buffers, kernels' workspace, fragmentation, what the attention backends `reference`, `sdpa` and
+`flex` keep of masks and scores (the fused kernels that `auto` takes keep q, k, v, output and one number a query), and what
+`train.compile` saves by recomputation. Peaks of the optimizer step lie below those of the backward pass.
+
+Symbols: T tokens of a micro-batch, M = T / R concepts, W and C widths, h query and g key-value heads of size a, f hidden width of
+the SwiGLU, V vocabulary, S scan width; b bytes of a number under autocast: 2 in bf16, 4 in fp32.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dlcm.config import ModelConfig
+from flops import ops
+from flops.count import COMPONENTS, parameters
+
+WEIGHT_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES = 4, 4, 8
+# Tokens of one forward pass of validation (dlcm.validation), which may exceed a micro-batch.
+VALIDATION_BATCH_TOKENS = 8_192
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+        weights: fp32 parameters.
+        gradients: fp32.
+        optimizer: both moments of AdamW, fp32.
+        casts: bf16 copies of the matrices; 0 in fp32.
+        activations: kept for the backward pass of one micro-batch, by component of the model.
+        evaluation: the largest forward pass of validation, which keeps no activations but may have more tokens.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    casts: int
+    activations: Mapping[str, float]
+    evaluation: float
+
+    @property
+    def states(self) -> int:
+        """What does not depend on the batch: weights, gradients, optimizer."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def activations_total(self) -> float:
+        """All activations of one micro-batch."""
+        return sum(self.activations.values())
+
+    @property
+    def total(self) -> float:
+        """The larger of training and validation."""
+        return self.states + self.casts + max(self.activations_total, self.evaluation)
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """What differs between precisions and devices."""
+
+    bf16: bool
+    gpu: bool
+
+    @property
+    def b(self) -> int:
+        """Bytes of a number that autocast casts."""
+        return 2 if self.bf16 else 4
+
+    def norm(self, width: float, n: float = 1) -> float:
+        """An RMSNorm over `n` rows: its fp32 input, one number a row, and, unfused, the normalised rows."""
+        return n * (4 * width * (1 if self.gpu else 2) + 4)
+
+    def inputs(self, width: float, n_matrices: int, narrow_stream: bool = False) -> float:
+        """Inputs of matrices that read one normed row.
+
+        In fp32 they share it. Under autocast each keeps its own bf16 copy of an fp32 row; a row that is in bf16 already,
+        as that of a norm on a CPU is where the residual stream is, they share.
+        """
+        shared = not self.bf16 or (narrow_stream and not self.gpu)
+        return self.b * width * (1 if shared else n_matrices)
+
+
+def memory(
+    config: ModelConfig,
+    micro_batch_tokens: int,
+    *,
+    bf16: bool,
+    gpu: bool,
+    n_concepts: float | None = None,
+    evaluation_tokens: int = VALIDATION_BATCH_TOKENS,
+) -> Memory:
+    """Bytes that training `config` takes on one device.
+
+    Args:
+        config: the architecture.
+        micro_batch_tokens: T, tokens of one forward pass.
+        bf16: whether forward passes run under bf16 autocast.
+        gpu: whether the device is a GPU.
+        n_concepts: M; T over the target R by default.
+        evaluation_tokens: tokens of one forward pass of validation.
+    """
+    n = parameters(config).total
+    rules = _Rules(bf16, gpu)
+    n_concepts = micro_batch_tokens / config.compression_target if n_concepts is None else n_concepts
+    # Logits; their fp32 copy, which in fp32 is the logits; log-softmax. One layer is at work before that.
+    evaluation = (rules.b + (8 if bf16 else 4)) * config.vocab_size + _token_block(config, rules)
+    return Memory(
+        weights=WEIGHT_BYTES * n,
+        gradients=GRADIENT_BYTES * n,
+        optimizer=OPTIMIZER_BYTES * n,
+        casts=2 * _matrix_parameters(config) if bf16 else 0,
+        activations=_activations(config, rules, micro_batch_tokens, n_concepts),
+        evaluation=evaluation * evaluation_tokens,
+    )
+
+
+def _activations(config: ModelConfig, rules: _Rules, n_tokens: float, n_concepts: float) -> Mapping[str, float]:
+    c = config
+    parts: dict[str, float] = dict.fromkeys(COMPONENTS, 0.0)
+    # Ids (int64); cosines and sines of the rotary embedding, once for all layers.
+    parts["embedding"] = n_tokens * (8 + 4 * c.d_head)
+    parts["encoder"] = n_tokens * c.n_encoder_layers * _token_block(c, rules)
+    parts["head"] = n_tokens * _head(c, rules) + 4  # the weight of the loss, one number
+    if c.is_dense:
+        return parts
+    backbone = _block(c.d_concept, c.n_heads_concept, c.n_kv_heads_concept, c.d_head, c.d_ff_concept, rules, True)
+    parts |= {
+        "boundary": n_tokens * _boundary(c),
+        "pooling": _pooling(c, rules, n_tokens, n_concepts),
+        "backbone": n_concepts * (c.n_concept_layers * backbone + 4 * c.d_head + rules.norm(c.d_concept)),
+        "smoothing": n_concepts * _smoothing(c, rules),
+        "cross_attention": _cross(c, rules, n_tokens, n_concepts),
+        "decoder": n_tokens * c.n_decoder_layers * _token_block(c, rules),
+    }
+    return parts
+
+
+def _token_block(c: ModelConfig, rules: _Rules) -> float:
+    return _block(c.d_token, c.n_heads_token, c.n_kv_heads_token, c.d_head, c.d_ff_token, rules, False)
+
+
+def _block(width: int, h: int, g: int, a: int, f: int, rules: _Rules, narrow_stream: bool) -> float:
+    """Bytes a row of one block keeps.
+
+    Two norms with the inputs of Q, K, V and of gate and up; the QK-norms; q, k, v and output of the attention with one
+    log-sum-exp a head; gate, up, silu(gate) and their product.
+    """
+    norms = 2 * rules.norm(width) + rules.norm(a, h + g)
+    inputs = rules.inputs(width, 3, narrow_stream) + rules.inputs(width, 2, narrow_stream)
+    return norms + inputs + rules.b * a * (2 * h + 2 * g) + 4 * h + 4 * rules.b * f
+
+
+def _boundary(c: ModelConfig) -> float:
+    """Bytes a token keeps of the score, in fp32 always: the cosine's two factors twice each, nine scalars, two masks.
+
+    The encoder state that it reads is kept by the decoder's first norm. Detectors without a gradient keep nothing.
+    """
+    assert c.boundary is not None  # the config's own check; narrows the type
+    if c.boundary.detector == "learned":
+        return 4 * (4 * c.boundary.d_scan + 9) + 2
+    return 4 * (3 * c.d_token + 9) + 2 if c.boundary.detector == "cosine" else 0.0
+
+
+def _pooling(c: ModelConfig, rules: _Rules, n_tokens: float, n_concepts: float) -> float:
+    """The segment of each token and the length of each segment (int64), or its first token; the input of W_up."""
+    assert c.boundary is not None
+    index = 8 * n_tokens + 8 * n_concepts if c.pooling == "mean" else 8 * n_concepts
+    scored = c.boundary.detector in ("learned", "cosine", "random")
+    # The gate of the straight-through path multiplies the concepts, and keeps them and itself.
+    gate = n_concepts * (rules.b * (c.d_concept + 1) + 8) if c.boundary.straight_through and scored else 0.0
+    return index + n_concepts * rules.b * c.d_token + gate
+
+
+def _smoothing(c: ModelConfig, rules: _Rules) -> float:
+    """The taps, each times its weights, and the mask of each but the first."""
+    if c.smoothing == "none":
+        return 0.0
+    tap_bytes = 2 if rules.bf16 and not rules.gpu else 4
+    return ops.SMOOTHER_WIDTH * tap_bytes * c.d_concept + ops.SMOOTHER_WIDTH - 1
+
+
+def _cross(c: ModelConfig, rules: _Rules, n_tokens: float, n_concepts: float) -> float:
+    """All cross-attentions: norm and Q of tokens, K and V of concepts, the attention, and the choice of the null concept."""
+    h, g, a, n = c.n_heads_token, c.n_kv_heads_token, c.d_head, c.n_cross_attentions
+    with_null = c.pooling == "mean"
+    token = rules.norm(c.d_token) + rules.inputs(c.d_token, 1) + rules.norm(a, h)
+    token += rules.b * a * h * (3 if with_null else 2) + 4 * h
+    concept = rules.norm(a, g) + 2 * rules.b * a * g
+    # K and V of all layers read the same concepts: shared where no cast is between, else a copy for each matrix.
+    narrow = c.smoothing == "none" and not rules.gpu
+    copies = 1 if not rules.bf16 or narrow else 2 * n
+    return (
+        n * (n_tokens * token + n_concepts * concept)
+        + n_concepts * rules.b * c.d_concept * copies
+        + n_tokens * with_null
+    )
+
+
+def _head(c: ModelConfig, rules: _Rules) -> float:
+    """Bytes a token keeps of the last norm and the loss.
+
+    At its height cross-entropy holds the logits (b), the log-softmax, its gradient and that of the logits in fp32 (4 each):
+    (b + 12)·V. Targets are int64.
+    """
+    return rules.norm(c.d_token) + rules.inputs(c.d_token, 1) + 8 + (rules.b + 12) * c.vocab_size
+
+
+def _matrix_parameters(c: ModelConfig) -> int:
+    """Parameters that autocast casts: every matrix but the boundary's, which is computed in fp32, and the null concept."""
+
+    def layer(d: int, h: int, g: int, f: int) -> int:
+        return d * c.d_head * (2 * h + 2 * g) + 3 * d * f
+
+    token = layer(c.d_token, c.n_heads_token, c.n_kv_heads_token, c.d_ff_token)
+    n = (c.n_encoder_layers + c.n_decoder_layers) * token + c.vocab_size * c.d_token
+    if c.is_dense:
+        return n
+    n += c.n_concept_layers * layer(c.d_concept, c.n_heads_concept, c.n_kv_heads_concept, c.d_ff_concept)
+    cross = 2 * c.d_head * (c.n_heads_token * c.d_token + c.n_kv_heads_token * c.d_concept)
+    return n + c.n_cross_attentions * cross + c.d_token * c.d_concept + (c.d_concept if c.pooling == "mean" else 0)
+
+
+def largest_micro_batch(
+    config: ModelConfig, batch_tokens: int, seq_len: int, room_bytes: float, *, bf16: bool, gpu: bool
+) -> int | None:
+    """The most tokens of one forward pass, whole windows that divide the batch, that fit `room_bytes`; None if no window does."""
+    one = memory(config, seq_len, bf16=bf16, gpu=gpu)
+    left = room_bytes - one.states - one.casts
+    if one.evaluation > left:
+        return None
+    n_windows = batch_tokens // seq_len
+    most = min(n_windows, int(left / one.activations_total))  # activations grow in proportion to the tokens
+    return next((n * seq_len for n in range(most, 0, -1) if n_windows % n == 0), None)
