@@ -65,7 +65,7 @@ def format_variations(variations: Sequence[Variation]) -> str:
         [v.label, str(v.n_runs), f"x{v.flops:.2f}", *(_factor(v.widths.get(name)) for name in names)] for v in told
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["Which values matter: the scatter of each answer (central 80%) over that of this sweep"]
+    lines = ["Which values matter: the scatter of each answer (central 80%, offsets held at 0) over that of this sweep"]
     lines += [
         "  " + "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
         for row in rows

@@ -133,13 +133,21 @@ def prior_from_fit(result: FitResult, source: str = "") -> Prior:
     return Prior(law, values, noise, told, {name: result.ranges[name] for name in "ND" if name in result.ranges})
 
 
-def load_prior(path: str | Path, family: str = "dlcm") -> Prior:
+def load_prior(path: str | Path, family: str | None = "dlcm") -> Prior:
     """The prior in a file written by `dlcm analyze fit --out`.
 
+    Args:
+        path: the file.
+        family: `dlcm` or `dense`, the family that it must be of; None for either.
+
     Raises:
-        UserError: not such a file, or a fit of another family.
+        UserError: not such a file, or a fit of another family, or of a law that predicts something else than the loss.
     """
     result = FitResult.load(path)
-    if result.law.family != family:
+    if result.law.target != "loss" or result.law.inputs == () or not {"N", "D"} & set(result.law.inputs):
+        raise UserError(
+            f"{path}: law {result.law.name} does not predict the loss from N and D; fit compression_aware or chinchilla"
+        )
+    if family is not None and result.law.family != family:
         raise UserError(f"{path}: a fit of law {result.law.name}, and a prior for {family} runs is wanted")
     return prior_from_fit(result, str(path))

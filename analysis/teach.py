@@ -3,6 +3,8 @@
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from analysis.cost import cost_of_plan
 from analysis.expect import N_SIMULATED, Expected, design_of, expect
 from analysis.expect_text import format_expected, format_variations
@@ -12,6 +14,10 @@ from dlcm.errors import UserError
 
 if TYPE_CHECKING:
     from sweeps.plan import Plan
+
+_LEAST = 40
+_CELLS = 100_000
+"""Losses simulated at most, runs times sweeps, as long as that leaves the least number of sweeps."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,7 +57,7 @@ def teach(
     prior: Prior | None = None,
     noise: float | None = None,
     variations: bool = True,
-    n: int = N_SIMULATED,
+    n: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Lesson:
@@ -63,13 +69,14 @@ def teach(
         prior: of the DLCM or of the dense law; the shipped ones by default.
         noise: standard deviation of log loss from run to run; the prior's own by default.
         variations: whether to simulate the changes, the longer part.
-        n: simulated sweeps.
+        n: simulated sweeps; 200 by default, fewer where runs are many, 40 at the least.
         seed: seeds the noise.
         progress: called with (changes done, all).
 
     Raises:
         UserError: a prior, noise or target that cannot be used.
     """
+    n = n or int(np.clip(_CELLS / len(plan), _LEAST, N_SIMULATED))
     spent = target if target is not None else max(run.flops_train_planned for run in plan.runs)
     families = [f for f in ("dlcm", "dense") if any(run.config.model.kind == f for run in plan.runs)]
     if prior is not None and prior.law.family not in families:
@@ -85,5 +92,5 @@ def teach(
     found = tuple(expect(design_of(plan, f), p, cost, spent, n=n, seed=seed) for f, p in priors.items())
     changes: tuple[Variation, ...] = ()
     if variations and "dlcm" in families:
-        changes = vary(plan, found[0], cost, n=max(n // 2, 20), seed=seed, progress=progress)
+        changes = vary(plan, found[0], cost, n=max(n // 2, _LEAST // 2), seed=seed, progress=progress)
     return Lesson(found, changes)

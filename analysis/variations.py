@@ -8,6 +8,7 @@ import numpy as np
 
 from analysis.data import ResultsData
 from analysis.expect import Expected, design_of, expect, search_box
+from analysis.laws import Change
 from analysis.search import Cost
 from dlcm.errors import UserError
 
@@ -55,8 +56,9 @@ def vary(
 ) -> tuple[Variation, ...]:
     """Simulate every one-step change of a sweep.
 
-    All are refitted with the law that the whole sweep supports, over the same ranges of R and P, and with the same noise in the
-    runs that they share: what differs is the design alone.
+    All are refitted with the law that the whole sweep supports, its offsets held at 0 (they are the finest detail, which a value
+    less may leave untold), over the same ranges of R and P, and with the same noise in the runs that they share: what
+    differs is the design alone.
 
     Args:
         plan: the sweep.
@@ -68,10 +70,12 @@ def vary(
     """
     design = design_of(plan, "dlcm")
     prior, target = expected.prior, expected.target
+    offsets = [p.name for p in expected.law.free if p.kind == "offset"]
+    law = expected.law.apply(*(Change("fix", name, value=0.0, reason="comparison of designs") for name in offsets))
     box = search_box(design, prior, cost, target)
 
     def spreads(data: ResultsData) -> dict[str, float]:
-        answer = expect(data, prior, cost, target, law=expected.law, box=box, n=n, seed=seed)
+        answer = expect(data, prior, cost, target, law=law, box=box, n=n, seed=seed)
         return {q.name: q.spread for q in answer.quantities}
 
     free = [q.name for q in expected.quantities if not q.held and q.at_edge <= _PINNED]

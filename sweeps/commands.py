@@ -31,54 +31,6 @@ Detach = Annotated[bool | None, typer.Option("--detach/--wait", help="return at 
 _RUNS = Path("runs")
 
 
-@app.command("plan")
-def plan_verb(
-    file: SweepFile,
-    accelerator: Annotated[
-        str | None,
-        typer.Option("--accelerator", metavar="NAME", help="device to cost: A100, H100, H200, B200, cpu, ..."),
-    ] = None,
-    gpus: Annotated[
-        int | None, typer.Option("--gpus", min=0, help="devices of one run; cluster.gpus by default")
-    ] = None,
-    mfu: Annotated[
-        float | None, typer.Option("--mfu", help="share of the peak reached; calibrated, else 0.35, by default")
-    ] = None,
-    price: Annotated[
-        float | None, typer.Option("--price", help="of one device for one hour; cluster.price_per_hour by default")
-    ] = None,
-    as_json: AsJson = False,
-    csv: CsvFile = None,
-) -> None:
-    """Show the runs of a sweep and what they cost; trains nothing."""
-    import sys
-
-    from sweeps.costs import Overrides, costed
-    from sweeps.plan import plan
-    from sweeps.plan_table import format_csv, format_plan, plan_json, rich_table, summary
-    from sweeps.spec import Sweep
-
-    planned = plan(Sweep.from_yaml(file))
-    costs = costed(planned, Overrides(accelerator, gpus, mfu, price))
-    if csv is not None and str(csv) != "-":
-        from dlcm.record import write_atomic
-
-        write_atomic(csv, format_csv(planned, costs))
-    if csv is not None and str(csv) == "-":
-        print(format_csv(planned, costs), end="")
-    elif as_json:
-        import json
-
-        print(json.dumps(plan_json(planned, costs), indent=2))
-    elif sys.stdout.isatty():
-        from rich.console import Console
-
-        Console().print(rich_table(planned, costs))
-        print(summary(planned, costs))
-    else:
-        print(format_plan(planned, costs))
-
-
 @flops_app.command("calibrate")
 def calibrate_verb(
     file: Annotated[

@@ -121,6 +121,19 @@ def summary(plan: Plan, costs: PlanCosts | None = None) -> str:
     return f"{line}\n{told}" if told else line
 
 
+def print_plan(plan: Plan, costs: PlanCosts | None = None) -> None:
+    """Print the plan: rich on a terminal, aligned text elsewhere."""
+    import sys
+
+    if not sys.stdout.isatty():
+        print(format_plan(plan, costs))
+        return
+    from rich.console import Console
+
+    Console().print(rich_table(plan, costs))
+    print(summary(plan, costs))
+
+
 def format_csv(plan: Plan, costs: PlanCosts | None = None) -> str:
     """Every column of `Plan.to_frame`, and of `cost_row` where there are costs, as CSV."""
     import pandas as pd

@@ -171,6 +171,12 @@ def test_the_noise_of_a_run_does_not_depend_on_its_neighbours():
     )
 
 
+def test_the_same_seed_gives_the_same_intervals():
+    prior = default_prior("dense")
+    first, again, other = (expect(dense_grid(), prior, COST, 1e20, n=20, seed=seed).to_dict() for seed in (1, 1, 2))
+    assert first == again != other
+
+
 def test_what_one_share_cannot_tell_is_not_given_a_narrow_interval():
     # At one P the token and the concept term are two powers of the same N: nothing but their sum is seen.
     data = grid(P=(0.5,), R=(4,))
