@@ -26,7 +26,7 @@ def cost_of_results(path: str | Path, *, vocab_size: int | None = None) -> Cost:
     Raises:
         UserError: there is no sweep beside the results and no `vocab_size`, or its runs differ in vocabulary or window.
     """
-    from sweeps.shapes import cost_function
+    from sweeps.smooth_cost import cost_function
 
     results = find_results(path)
     folder = results.parent
@@ -54,7 +54,8 @@ def cost_of_plan(plan: "Plan") -> Cost:
 
 
 def _cost_of_runs(configs: Sequence["RunConfig"], rule: "ShapeRule", where: str) -> Cost:
-    from sweeps.shapes import Parts, cost_function
+    from sweeps.shapes import Parts
+    from sweeps.smooth_cost import cost_function
 
     vocabulary = _only([c.model.vocab_size for c in configs], "model.vocab_size", where)
     seq_len = _only([c.data.seq_len for c in configs], "data.seq_len", where)

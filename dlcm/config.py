@@ -5,6 +5,7 @@ Symbols of the paper beside the names used here: d_token = d, d_concept = D (wid
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -274,23 +275,40 @@ class RunConfig(Frozen):
     @property
     def run_id(self) -> str:
         """Readable prefix and hash of the whole config; the same config has the same id on every machine."""
+        return self.identify()
+
+    def identify(self, written: Mapping[str, str] | None = None) -> str:
+        """`run_id`, where some blocks are at hand as JSON: the thousands of runs of a plan share theirs.
+
+        Args:
+            written: name of a block -> its `canonical_json`.
+        """
         model = self.model
         shape = (
             f"w{model.d_token}x{model.d_concept}-r{model.compression_target:g}"
             if not model.is_dense
             else f"w{model.d_token}"
         )
-        return f"{model.kind}-{shape}-t{_short(self.tokens)}-s{self.seed}-{self.hash[:10]}"
+        return f"{model.kind}-{shape}-t{_short(self.tokens)}-s{self.seed}-{self._digest(written or {})[:10]}"
 
     @property
     def hash(self) -> str:
         """SHA-256 of the canonical JSON of the config, hexadecimal."""
-        return config_hash(self.model_dump(mode="json"))
+        return self._digest({})
+
+    def _digest(self, written: Mapping[str, str]) -> str:
+        # Put together from its blocks in the order of their names, the text is that of `canonical_json` of the whole.
+        blocks = {"data": self.data, "model": self.model, "optim": self.optim, "train": self.train}
+        parts = {name: written.get(name) or canonical_json(block) for name, block in blocks.items()}
+        parts["seed"] = str(self.seed)
+        text = ",".join(f'"{name}":{part}' for name, part in sorted(parts.items()))
+        return hashlib.sha256(f"{{{text}}}".encode()).hexdigest()
 
 
-def config_hash(data: Any) -> str:
-    """SHA-256 of `data` as canonical JSON, hexadecimal."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def canonical_json(data: Any) -> str:
+    """A config, or plain data, as JSON with sorted keys and no blanks: equal ones give equal text."""
+    plain = data.model_dump(mode="json") if isinstance(data, pydantic.BaseModel) else data
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"))
 
 
 def _short(count: int) -> str:

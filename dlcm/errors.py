@@ -21,13 +21,14 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(valid)}"
 
 
-def parse(model: type[ModelT], data: object, where: str) -> ModelT:
+def parse(model: type[ModelT], data: object, where: str, block: str = "") -> ModelT:
     """Validate `data` as `model`.
 
     Args:
         model: a pydantic class.
         data: what was read, usually a mapping.
         where: file and key that `data` came from, for the message.
+        block: key of `data` in what holds it, for the message to name every key by its whole path.
 
     Raises:
         UserError: one line with every fault, each with its key, the value, and the nearest valid key.
@@ -35,23 +36,25 @@ def parse(model: type[ModelT], data: object, where: str) -> ModelT:
     import pydantic
 
     if not isinstance(data, Mapping):
-        raise UserError(f"{where}: expected a mapping of keys to values, found {type(data).__name__}")
+        place = f"{where}: {block}" if block else where
+        raise UserError(f"{place}: expected a mapping of keys to values, found {type(data).__name__}")
     try:
         return model.model_validate(dict(data))
     except pydantic.ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_describe(model, item) for item in error.errors())) from None
+        raise UserError(f"{where}: " + "; ".join(_describe(model, item, block) for item in error.errors())) from None
 
 
-def _describe(model: "type[pydantic.BaseModel]", item: Mapping) -> str:
+def _describe(model: "type[pydantic.BaseModel]", item: Mapping, block: str) -> str:
     loc = [str(part) for part in item["loc"]]
-    key = ".".join(loc) or "(top level)"
+    path = [block, *loc] if block else loc
+    key = ".".join(path) or "(top level)"
     if item["type"] == "extra_forbidden":
         return f"unknown key '{key}'{nearest(loc[-1], _fields_at(model, loc[:-1]))}"
     if item["type"] == "missing":
         return f"missing key '{key}'"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
-        return message if not loc else f"{key}: {message}"
+        return message if not path else f"{key}: {message}"
     return f"{key}: {message[0].lower()}{message[1:]}, got {item['input']!r}"
 
 

@@ -59,37 +59,31 @@ def show_verb(
 def check_verb(
     path: Annotated[
         Path | None,
-        typer.Argument(metavar="[CONFIG_OR_RUN]", help="what to build; a small DLCM and a dense model by default"),
+        typer.Argument(metavar="[CONFIG_OR_RUN]", help="what to check; a small DLCM and a dense model by default"),
     ] = None,
     seq_len: Annotated[int, typer.Option(min=2, help="tokens of the one document")] = 64,
+    tokens_per_concept: Annotated[
+        float | None,
+        typer.Option("--tokens-per-concept", "-r", help="R of the injected boundaries; the target by default"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check the closed form against torch's and fvcore's counters."""
-    import dataclasses
+    """Check the closed form against torch's and fvcore's counters, forward and training, at any size."""
     import json
 
     from dlcm.errors import UserError
+    from flops.checked import check_json, format_check
     from flops.measure import EXAMPLES, check
-    from flops.table import align, load_subject
+    from flops.table import load_subject
 
     subjects = EXAMPLES if path is None else {str(path): load_subject(path).model}
     out, failed = {}, []
     for name, model in subjects.items():
-        rows, params = check(model, seq_len)
-        failed += [f"{name}: {row.component}" for row in rows if not row.agrees]
-        failed += [] if params.agrees else [f"{name}: parameters"]
-        out[name] = {
-            "components": [{**dataclasses.asdict(r), "agrees": r.agrees} for r in rows],
-            "parameters": vars(params),
-        }
+        found = check(model, seq_len, tokens_per_concept=tokens_per_concept)
+        failed += [f"{name}: {failure}" for failure in found.failures]
+        out[name] = check_json(found)
         if not as_json:
-            cells = [["component", "closed form", "in counters' terms", "torch", "fvcore", "equal"]]
-            for row in rows:
-                figures = (row.closed_form, row.expected, row.torch, row.fvcore)
-                if any(figures):
-                    cells.append([row.component, *(f"{n:,.0f}" for n in figures), "yes" if row.agrees else "NO"])
-            built = f"parameters: {params.closed_form:,} in closed form, {params.built:,} built"
-            print(f"{name}, forward FLOPs of {seq_len} tokens\n{align(cells, left=1)}\n{built}\n")
+            print(format_check(name, seq_len, found) + "\n")
     if as_json:
         print(json.dumps({"seq_len": seq_len, "models": out, "agrees": not failed}, indent=2))
     if failed:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from sweeps.plan import Plan as Plan
     from sweeps.plan import PlannedRun as PlannedRun
     from sweeps.plan import plan as plan
-    from sweeps.shapes import cost_function as cost_function
+    from sweeps.smooth_cost import cost_function as cost_function
     from sweeps.spec import Sweep as Sweep
 
 lazy_exports(
@@ -20,7 +20,7 @@ lazy_exports(
         "Plan": "sweeps.plan",
         "PlannedRun": "sweeps.plan",
         "plan": "sweeps.plan",
-        "cost_function": "sweeps.shapes",
+        "cost_function": "sweeps.smooth_cost",
         "launch": "sweeps.launch",
         "collect": "sweeps.collect",
     },

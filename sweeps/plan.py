@@ -1,32 +1,25 @@
 """From a sweep to its runs, each with its whole config, parameters, tokens and cost. Pure: nothing is written or built.
 
-No torch here: a thousand runs are planned in about a second.
+No torch here: ten thousand runs are planned in about a second.
 """
 
-import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlcm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from dlcm.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from dlcm.errors import UserError, parse
-from flops import FlopCount, ParamCount, count, parameters
-from sweeps.axes import ALIASES, expand, label, parse_count, unflatten
-from sweeps.shapes import SHAPE_FIELDS, Parts, dense_shape, dlcm_shape, size_at_cost
+from flops import FlopCount, ParamCount
+from sweeps.axes import ALIASES, DESIGN, expand, unflatten
+from sweeps.points import PlannedModel, Point, Shared
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from sweeps.spec import Sweep
 
-# muP: widths at which the learning rates of a sweep hold, unless base.model names others. One base for all its shapes.
-D_TOKEN_BASE = 64
-D_CONCEPT_BASE = 64
-
-_RATIO, _DETECTOR = ALIASES["compression_ratio"], ALIASES["boundary"]
-# What only a DLCM has, so that a dense baseline drops it.
-_DLCM_ONLY = ("concept_share", "model.pooling", "model.smoothing", "model.concept_bias", "model.cross_attention")
+_SHORT = {path: name for name, path in ALIASES.items()}
 _UNIT_LABELS = {"flops": "FLOPs", "tokens": "tokens", "tokens_per_parameter": "tokens/parameter"}
 
 
@@ -97,6 +90,18 @@ class PlannedRun:
         """Training FLOPs of the run at the planned R."""
         return self.flops.training_per_token * self.tokens
 
+    @property
+    def lr_token_effective(self) -> float:
+        """Peak learning rate of the token-side matrices at the realised width: lr_token / s_token (eq 19)."""
+        return self.config.optim.lr_token / self.config.model.mup_scale_token
+
+    @property
+    def lr_concept_effective(self) -> float:
+        """Peak learning rate of the concept-side matrices: lr_concept / s_concept (eq 20); the token side's of a dense model."""
+        if self.config.model.is_dense:
+            return self.lr_token_effective
+        return self.config.optim.lr_concept / self.config.model.mup_scale_concept
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -164,6 +169,9 @@ def plan_row(run: PlannedRun, sweep: str) -> dict[str, Any]:
         "budget_share": run.budget_share,
         "lr_token": run.config.optim.lr_token,
         "lr_concept": run.config.optim.lr_concept,
+        "lr_token_effective": run.lr_token_effective,
+        "lr_concept_effective": run.lr_concept_effective,
+        "batch_tokens": run.config.train.batch_tokens,
     }
 
 
@@ -171,8 +179,8 @@ def plan(sweep: "Sweep") -> Plan:
     """All runs of a sweep.
 
     Every point of the axes is run at every budget. A FLOPs budget C becomes tokens = C / (training FLOPs per token at the
-    planned R); tokens are rounded down to whole steps, so that no run exceeds its budget by rounding. Two points with the
-    same config are one run.
+    planned R); tokens are rounded down to whole steps, so that no run exceeds its budget by rounding. The batch is that of
+    `Sweep.batch`. Two points with the same config are one run.
 
     Args:
         sweep: as read from its file.
@@ -181,15 +189,23 @@ def plan(sweep: "Sweep") -> Plan:
         The plan; shares of the budget sum to one.
 
     Raises:
-        UserError: a value that its field refuses, R <= 1, an impossible shape, or a budget below one step; the message
-            names the file and the point.
+        UserError: a value that its field refuses, R <= 1, an impossible shape, a budget below one step, or runs below
+            `Sweep.minimum`; the message names the file and the point.
     """
-    _check_lengths(sweep)
+    _check_given(sweep)
+    shared = Shared(sweep)
     points = [{**sweep.base, **point} for point in expand(sweep.axes)]
     runs: dict[str, PlannedRun] = {}
-    for values in (*points, *_baseline_points(sweep, points)):
-        for run in _runs_of(sweep, values):
-            runs.setdefault(run.run_id, run)
+    short: list[str] = []
+    for values in (*points, *shared.baseline_points(points)):
+        for run in _runs_of(shared, values):
+            if run.run_id in runs:
+                continue
+            runs[run.run_id] = run
+            if fault := sweep.minimum.fault(run.config, run.params.non_embedding):
+                short.append(f"{shared.where(values)}: {run.budget or 'train.tokens'}: {fault}")
+    if short:
+        raise UserError(f"{short[0]}; {len(short)} of {len(runs)} runs {'is' if len(short) == 1 else 'are'} too short")
     total = sum(run.flops_train_planned for run in runs.values())
     return Plan(sweep, tuple(_with_share(run, total) for run in runs.values()))
 
@@ -201,174 +217,81 @@ def _with_share(run: PlannedRun, total: float) -> PlannedRun:
     )
 
 
-def _check_lengths(sweep: "Sweep") -> None:
-    """Exactly one of `budgets` and `train.tokens` sets how long the runs are."""
-    axes = sweep.axes
-    given = "train.tokens" in sweep.base or any("train.tokens" in keys for keys in (axes.grid, axes.zip, *axes.list))
-    if sweep.budgets is None and not given:
+def _check_given(sweep: "Sweep") -> None:
+    """Exactly one of `budgets` and `train.tokens` sets how long the runs are, and one rule how large a batch is."""
+    axes, baseline = sweep.axes, sweep.baseline
+    keys = {*sweep.base, *axes.grid, *axes.zip, *(key for entry in axes.list for key in entry)}
+    if sweep.budgets is None and "train.tokens" not in keys:
         raise UserError(
             f"{sweep.where}: no length of the runs: add budgets (flops, tokens or tokens_per_parameter) or train.tokens"
         )
-    if sweep.budgets is not None and given:
+    if sweep.budgets is not None and "train.tokens" in keys:
         raise UserError(f"{sweep.where}: both budgets and train.tokens set the length of the runs; keep one")
-
-
-def _baseline_points(sweep: "Sweep", points: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The dense counterparts of the points: everything that only a DLCM has is dropped, the rest stays."""
-    baseline = sweep.baseline
-    if baseline is None:
-        return
-    seen = set()
-    for values in points:
-        dense = {k: v for k, v in values.items() if k not in _DLCM_ONLY and not k.startswith("model.boundary.")}
-        dense = {k: v for k, v in dense.items() if not _is_concept_field(k)}
-        dense["model.kind"] = "dense"
-        if baseline.match == "flops":
-            dense["size"] = _matched_size(sweep, values)
-        elif "size" not in dense and not baseline.sizes:
-            raise UserError(f"{sweep.where}: baseline: no size to match; give size in base or axes, or baseline.sizes")
-        for size in baseline.sizes or (dense["size"],):
-            for seed in baseline.seeds or (dense.get("seed", 0),):
-                point = {k: v for k, v in dense.items() if k.rpartition(".")[2] not in SHAPE_FIELDS}
-                point |= {"size": size, "seed": seed, **baseline.set}
-                # A dense model has no concept side; one learning rate, so that an axis over lr_concept adds no twin runs.
-                point["optim.lr_concept"] = point.get(
-                    "optim.lr_token", RunConfig.model_fields["optim"].default.lr_token
-                )
-                if (key := repr(sorted(point.items()))) not in seen:
-                    seen.add(key)
-                    yield point
-
-
-def _is_concept_field(path: str) -> bool:
-    return path.startswith("model.") and "concept" in path
-
-
-def _matched_size(sweep: "Sweep", values: dict[str, Any]) -> float:
-    """Size of the dense model that costs as much per token as the DLCM at `values`."""
-    where = _where(sweep, values)
-    nested = _model_values(sweep, values, where)
-    model = parse(ModelConfig, nested, f"{where}: model")
-    seq_len = int(values.get("data.seq_len", DataConfig().seq_len))
-    target = count(model, seq_len).training_per_token
-    return size_at_cost(
-        target, vocab_size=model.vocab_size, seq_len=seq_len, rule=sweep.shape, d_head=nested.get("d_head")
-    )
-
-
-def _runs_of(sweep: "Sweep", values: dict[str, Any]) -> Iterator[PlannedRun]:
-    """The runs of one point, one for each budget."""
-    where = _where(sweep, values)
-    config = {k: v for k, v in values.items() if k not in ("size", "concept_share") and not k.startswith("model.")}
-    nested = unflatten(config)
-    nested["model"] = _model_values(sweep, values, where)
-    nested["model"] = model = parse(ModelConfig, nested["model"], f"{where}: model")
-    if sweep.budgets is None:
-        yield _planned(nested, values, "", where)
-        return
-    data = parse(DataConfig, nested.get("data", {}), f"{where}: data")
-    batch = parse(TrainConfig, {**nested.get("train", {}), "tokens": 1}, f"{where}: train").batch_tokens
-    for budget in sweep.budgets.values:
-        text = f"{budget:g} {_UNIT_LABELS[sweep.budgets.unit]}"
-        tokens = _tokens(budget, sweep.budgets.unit, model, data.seq_len)
-        if tokens < batch:
-            raise UserError(
-                f"{where}: a budget of {text} is {int(tokens):,} tokens, less than one step of train.batch_tokens = {batch:,}; "
-                "raise the budget, or lower the size or train.batch_tokens"
-            )
-        n_tokens = int(tokens // batch) * batch
-        yield _planned({**nested, "train": {**nested.get("train", {}), "tokens": n_tokens}}, values, text, where)
-
-
-def _tokens(budget: float, unit: str, model: ModelConfig, seq_len: int) -> float:
-    """Training tokens that `budget` pays for."""
-    if unit == "flops":
-        return budget / count(model, seq_len).training_per_token
-    return budget * parameters(model).non_embedding if unit == "tokens_per_parameter" else budget
-
-
-def _planned(nested: dict[str, Any], values: Mapping[str, Any], budget: str, where: str) -> PlannedRun:
-    config = parse(RunConfig, nested, where)
-    short = {path: name for name, path in ALIASES.items()}
-    design = {short.get(key, key): value for key, value in values.items()}
-    design["seed"] = config.seed
-    flops = count(config.model, config.data.seq_len)
-    return PlannedRun(config, design, parameters(config.model), flops, budget, run_id=config.run_id)
-
-
-def _model_values(sweep: "Sweep", values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields of the model config at a point: what is given, the shape of its size, and what the sweep fixes."""
-    given = {k.removeprefix("model."): v for k, v in values.items() if k.startswith("model.")}
-    model = unflatten(given)
-    dense = model.get("kind", "dlcm") == "dense"
-    _check_design(values, dense, where)
-    if "size" in values:
-        if clash := [name for name in SHAPE_FIELDS if name in model]:
-            raise UserError(
-                f"{where}: size decides the shape, so model.{clash[0]} cannot be given too; remove one of them"
-            )
-        model |= _shape(sweep, values, model, dense, where)
-    elif "concept_share" in values:
-        raise UserError(f"{where}: concept_share needs size, which it divides; add size, or remove concept_share")
-    if "vocab_size" not in model:
-        tokenizer = str(values.get("data.tokenizer", DataConfig().tokenizer))
-        model["vocab_size"] = _vocab_size(tokenizer)
-        if model["vocab_size"] is None:
-            raise UserError(f"{where}: the vocabulary of {tokenizer!r} is only known to the hub; give model.vocab_size")
-    model.setdefault("d_token_base", D_TOKEN_BASE)
-    if not dense:
-        model.setdefault("d_concept_base", D_CONCEPT_BASE)
-    return model
-
-
-def _shape(sweep: "Sweep", values: Mapping[str, Any], model: dict[str, Any], dense: bool, where: str) -> dict[str, int]:
-    size = _number(values["size"], "size", where)
-    try:
-        if dense:
-            return dense_shape(size, sweep.shape, model.get("d_head"))
-        if "concept_share" not in values:
-            raise UserError(
-                "a dlcm sweep over size needs concept_share, the backbone's share of it; add it to base or axes"
-            )
-        return dlcm_shape(size, _number(values["concept_share"], "concept_share", where), sweep.shape, Parts.of(model))
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def _check_design(values: Mapping[str, Any], dense: bool, where: str) -> None:
-    if dense:
-        if given := [name for name in ("concept_share", _RATIO, _DETECTOR) if name in values]:
-            name = {_RATIO: "compression_ratio", _DETECTOR: "boundary"}.get(given[0], given[0])
-            raise UserError(
-                f"{where}: a dense model takes no {name}; remove it, or use the baseline block for dense runs"
-            )
-    elif _RATIO in values and (ratio := _number(values[_RATIO], "compression_ratio", where)) <= 1:
+    if sweep.batch.rule != "fixed" and "train.batch_tokens" in keys | {*(baseline.set if baseline else ())}:
         raise UserError(
-            f"{where}: compression_ratio = {ratio:g}, but R must be above 1 token per concept; "
-            "for no compression use a dense model (the baseline block)"
+            f"{sweep.where}: both batch (rule: {sweep.batch.rule}) and train.batch_tokens set the batch; keep one"
         )
 
 
-def _number(value: Any, name: str, where: str) -> float:
-    number = parse_count(value)
-    try:
-        if isinstance(number, bool):
-            raise TypeError
-        return float(number)
-    except (TypeError, ValueError):
-        raise UserError(f"{where}: {name} = {value!r} is not a number") from None
+def _runs_of(shared: Shared, values: Point) -> Iterator[PlannedRun]:
+    """The runs of one point, one for each budget."""
+    where, budgets = shared.where(values), shared.sweep.budgets
+    rest = unflatten({k: v for k, v in values.items() if k not in DESIGN and not k.startswith("model.")})
+    model = shared.model(values, where)
+    data = shared.block("data", DataConfig, rest.get("data", {}), where)
+    optim = shared.block("optim", OptimConfig, rest.get("optim", {}), where)
+    flops = shared.flops(model, data.config.seq_len)
+    given = rest.get("train", {})
+    if budgets is None:
+        train = shared.block("train", TrainConfig, given, where).config
+        lengths = [("", float(train.tokens))]
+    else:
+        train = shared.block("train", TrainConfig, {**given, "tokens": 1}, where).config
+        lengths = [
+            (f"{value:g} {_UNIT_LABELS[budgets.unit]}", _tokens(value, budgets.unit, model, flops))
+            for value in budgets.values
+        ]
+    design = {_SHORT.get(key, key): value for key, value in values.items()}
+    for budget, tokens in lengths:
+        batch = _batch_tokens(shared.sweep, train, data.config.seq_len, tokens, flops)
+        n_tokens = _whole_steps(tokens, batch, budget, shared.sweep, where) if budget else train.tokens
+        length = {**given, "tokens": n_tokens, "batch_tokens": batch}
+        blocks = {
+            "model": model,
+            "data": data,
+            "optim": optim,
+            "train": shared.block("train", TrainConfig, length, where),
+        }
+        config = parse(RunConfig, {**rest, **{name: block.config for name, block in blocks.items()}}, where)
+        run_id = config.identify({name: block.json for name, block in blocks.items()})
+        yield PlannedRun(config, {**design, "seed": config.seed}, model.params, flops, budget, run_id=run_id)
 
 
-def _where(sweep: "Sweep", values: Mapping[str, Any]) -> str:
-    """Names a point by what was asked of it, not by everything that its base fixes."""
-    varied = {*sweep.axes.grid, *sweep.axes.zip, *(key for entry in sweep.axes.list for key in entry)}
-    kind = {"model.kind": "dense"} if values.get("model.kind") == "dense" else {}
-    named = {"size", *varied, *ALIASES.values(), "concept_share"}
-    return f"{sweep.where}: run [{label({**kind, **{k: v for k, v in values.items() if k in named}})}]"
+def _tokens(budget: float, unit: str, model: PlannedModel, flops: FlopCount) -> float:
+    """Training tokens that `budget` pays for."""
+    if unit == "flops":
+        return budget / flops.training_per_token
+    return budget * model.params.non_embedding if unit == "tokens_per_parameter" else budget
 
 
-@functools.lru_cache(maxsize=64)
-def _vocab_size(tokenizer: str) -> int | None:
-    from dlcm.tokens import vocab_size_of
+def _batch_tokens(sweep: "Sweep", train: TrainConfig, seq_len: int, tokens: float, flops: FlopCount) -> int:
+    """Tokens of a step of a run of about `tokens`."""
+    if sweep.batch.rule == "fixed":
+        return train.batch_tokens
+    x = tokens
+    if sweep.batch.of == "flops":
+        x *= flops.training_per_token * (1 - flops.share("head"))
+    return sweep.batch.batch_tokens(x, train.micro_batch_tokens or seq_len)
 
-    return vocab_size_of(tokenizer)
+
+def _whole_steps(tokens: float, batch: int, budget: str, sweep: "Sweep", where: str) -> int:
+    """The tokens of a budget, rounded down to whole steps."""
+    if tokens < batch:
+        fixed = sweep.batch.rule == "fixed"
+        step = f"train.batch_tokens = {batch:,}" if fixed else f"{batch:,} tokens, the batch by its rule"
+        way_out = "train.batch_tokens" if fixed else "train.micro_batch_tokens or data.seq_len"
+        raise UserError(
+            f"{where}: a budget of {budget} is {int(tokens):,} tokens, less than one step of {step}; "
+            f"raise the budget, or lower the size or {way_out}"
+        )
+    return int(tokens // batch) * batch

@@ -10,6 +10,8 @@
       zip: {seed: [0, 1], optim.lr_token: [2.0e-3, 3.0e-3]}                    # in step
       list: [{model.pooling: mean}, {model.pooling: first}]                    # as written
     budgets: {flops: [1e12, 3e12]}                                             # or tokens, or tokens_per_parameter
+    batch: {rule: power, of: tokens}                                           # a published law in place of train.batch_tokens
+    minimum: {steps: 100, tokens_per_parameter: 1}                             # shorter runs are refused
     baseline: {match: parameters}                                              # the dense model at each size
     evaluate: [corpus, ../data/openbook_qa.jsonl]
     cluster: {partition: gpu, time: "4:00:00", gpus: 1}
@@ -29,6 +31,7 @@ from dlcm.config import Frozen
 from dlcm.errors import UserError, parse
 from flops.hardware import canonical_accelerator
 from sweeps.axes import COUNTS, DESIGN, check_paths, flatten, parse_count
+from sweeps.rules import BatchRule, Minimum
 from sweeps.shapes import ShapeRule
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -196,6 +199,8 @@ class Sweep(Frozen):
     shape: ShapeRule = Field(default=ShapeRule(), description="how a size becomes an architecture")
     axes: Axes = Axes()
     budgets: Budgets | None = Field(default=None, description="lengths of the runs; train.tokens where absent")
+    batch: BatchRule = Field(default=BatchRule(), description="tokens of a step; train.batch_tokens by default")
+    minimum: Minimum = Field(default=Minimum(), description="steps and tokens per parameter that a run must have")
     baseline: Baseline | None = Field(default=None, description="dense models to compare with")
     evaluate: tuple[str, ...] = Field(default=(), description="tasks for every finished run: a name, or a .jsonl file")
     cluster: ClusterConfig = ClusterConfig()

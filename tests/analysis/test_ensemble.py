@@ -9,7 +9,7 @@ from analysis.ensemble import natural_values, objectives, refit_many
 from analysis.objective import Problem
 from analysis.prior import default_prior
 from analysis.search import Search
-from sweeps.shapes import cost_function
+from sweeps.smooth_cost import cost_function
 
 
 def grid(law=laws.COMPRESSION_AWARE, **axes) -> ResultsData:

@@ -16,7 +16,8 @@ from analysis.teach import teach
 from analysis.variations import vary
 from dlcm.errors import UserError
 from sweeps import Sweep, plan
-from sweeps.shapes import Parts, ShapeRule, cost_function
+from sweeps.shapes import Parts, ShapeRule
+from sweeps.smooth_cost import cost_function
 
 from .test_ensemble import grid
 

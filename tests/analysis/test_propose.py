@@ -18,7 +18,7 @@ from analysis.propose import _Design, _Draw, _optimum_gradient, choose_runs
 from analysis.search import Search
 from dlcm.errors import UserError
 from sweeps import Sweep, plan
-from sweeps.shapes import cost_function
+from sweeps.smooth_cost import cost_function
 
 from .test_ensemble import grid
 from .test_expect import small_sweep

@@ -1,14 +1,16 @@
 """The closed form of FLOPs and parameters: term by term, against the paper's model, and its relations."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from dlcm.config import ModelConfig
 from dlcm.errors import UserError
-from flops import count, ops, parameters
+from flops import count, count_many, ops, parameters
 from flops.count import COMPONENTS
 
-PAPER = {
+PAPER: dict[str, Any] = {
     "vocab_size": 128_815, "d_token": 1536, "d_head": 64, "n_heads_token": 24, "n_kv_heads_token": 12, "d_ff_token": 4096,
 }  # fmt: skip
 PAPER_DENSE = ModelConfig(kind="dense", n_encoder_layers=32, **PAPER)
@@ -95,6 +97,7 @@ def test_cost_falls_with_compression_and_the_dense_model_ignores_it():
 
 @pytest.mark.parametrize("detector", ["cosine", "fixed", "random", "delimiter_word"])
 def test_only_the_learned_detector_has_parameters_and_cost(detector):
+    assert SMALL.boundary is not None
     config = SMALL.model_copy(update={"boundary": SMALL.boundary.model_copy(update={"detector": detector})})
     assert parameters(SMALL).total - parameters(config).total == 2 * 32 * 64
     assert count(SMALL, 64).forward - count(config, 64).forward == 4 * 64 * 32 * 64
@@ -126,3 +129,53 @@ def test_operations_take_arrays():
 def test_impossible_sequences_are_refused(arguments, words):
     with pytest.raises(UserError, match=words):
         count(SMALL, **arguments)
+
+
+def many_configs() -> list[ModelConfig]:
+    """Shapes of all kinds: dense and not, tied, other detectors, one cross-attention, no smoother, odd R."""
+    boundary = SMALL.boundary
+    assert boundary is not None
+    changes = [
+        {}, {"tie_embeddings": True}, {"smoothing": "none"}, {"cross_attention": "once"}, {"pooling": "first"},
+        {"boundary": boundary.model_copy(update={"detector": "fixed"})},
+        {"boundary": boundary.model_copy(update={"compression_ratio": 3.3})}, {"n_kv_heads_token": 2},
+        {"d_concept": 64, "n_heads_concept": 4, "n_kv_heads_concept": 2, "d_ff_concept": 200},
+    ]  # fmt: skip
+    return [PAPER_DENSE, PAPER_DLCM, *(SMALL.model_copy(update=change) for change in changes)]
+
+
+@pytest.mark.parametrize("cross", ["exact", "replicated"])
+@pytest.mark.parametrize(("seq_len", "ratio"), [(2048, None), (97, 3.7), (131_072, 8)])
+def test_many_configs_at_once_cost_what_each_costs_alone_to_the_last_bit(cross, seq_len, ratio):
+    configs = many_configs()
+    many = count_many(configs, seq_len, ratio, cross=cross)
+    for i, config in enumerate(configs):
+        one = count(config, seq_len, ratio, cross=cross)
+        assert many[i] == one
+        assert many.forward[i] == one.forward
+        assert many.training_per_token[i] == one.training_per_token
+        assert many.forward_per_token[i] == one.forward_per_token
+        assert many.share("backbone")[i] == one.share("backbone")
+
+
+def test_many_configs_take_a_length_and_a_ratio_each():
+    configs, lengths, ratios = many_configs()[:3], [64, 128, 999], [2.0, 3.0, 4.4]
+    many = count_many(configs, lengths, ratios)
+    assert [many[i] for i in range(3)] == [count(*each) for each in zip(configs, lengths, ratios)]
+
+
+def test_no_configs_at_all_are_an_empty_count():
+    assert len(count_many([])) == len(count_many([]).forward) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"seq_len": [64, 0]}, "at least one token"),
+        ({"tokens_per_concept": [4.0, 0.5]}, "below 1"),
+        ({"seq_len": [64]}, "one for each"),
+    ],
+)
+def test_impossible_sequences_among_many_are_refused(arguments, words):
+    with pytest.raises(UserError, match=words):
+        count_many([SMALL, SMALL], **arguments)

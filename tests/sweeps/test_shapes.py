@@ -1,12 +1,15 @@
 """Sizes and shares become architectures within tolerance, and the smooth cost follows the integer shapes."""
 
+import re
+
 import numpy as np
 import pytest
 
 from dlcm.config import ModelConfig
 from dlcm.errors import UserError
 from flops import count, parameters
-from sweeps.shapes import Parts, ShapeRule, cost_function, dense_shape, dlcm_shape, size_at_cost, split_layers
+from sweeps.shapes import Parts, ShapeRule, dense_shape, dlcm_shape, split_layers
+from sweeps.smooth_cost import cost_function, size_at_cost
 
 SIZES = [0.1e6, 0.2e6, 0.3e6, 0.4e6, 0.5e6, 0.75e6, 1e6, 2e6, 5e6, 20e6, 87e6, 274e6, 468e6, 833e6, 3e9]
 
@@ -60,6 +63,86 @@ def test_fixed_layers_hold_for_every_size():
         shape = dlcm_shape(size, 0.5, rule)
         assert (shape["n_encoder_layers"], shape["n_concept_layers"], shape["n_decoder_layers"]) == (2, 4, 2)
         assert dense_shape(size, rule)["n_encoder_layers"] == 8
+
+
+DECADES = [3e5, 1e6, 3e6, 1e7, 3e7, 1e8, 3e8, 1e9, 3e9, 1e10]
+SHARES = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+# Largest |N error| and |P error| of each row of the grid, in percent and in points: a change that worsens one is seen here.
+LARGEST_ERRORS = {1: (0.5, 0.0097), 2: (0.7, 0.0062), 4: (0.8, 0.0085)}
+
+
+@pytest.mark.parametrize("heads_per_kv", LARGEST_ERRORS)
+def test_from_a_third_of_a_million_to_ten_billion_every_shape_is_within_tolerance(heads_per_kv):
+    rule, table = ShapeRule(heads_per_kv=heads_per_kv), {}
+    for size in DECADES:
+        for share in SHARES:
+            params = parameters(built(dlcm_shape(size, share, rule)))
+            table[size, share] = (abs(params.non_embedding / size - 1), abs(params.concept_share - share))
+    lines = [
+        f"{size:8.1e} " + "  ".join(f"{100 * table[size, p][0]:.2f}% {table[size, p][1]:.4f}" for p in SHARES)
+        for size in DECADES
+    ]
+    print("\n".join(lines))  # shown where a bound breaks
+    n_error, p_error = (max(errors[i] for errors in table.values()) for i in (0, 1))
+    assert n_error <= LARGEST_ERRORS[heads_per_kv][0] / 100 <= 0.01
+    assert p_error <= LARGEST_ERRORS[heads_per_kv][1] <= 0.01
+
+
+def depth_of(shape: dict) -> int:
+    return sum(shape.get(f"n_{part}_layers", 0) for part in ("encoder", "concept", "decoder"))
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_a_bigger_size_is_never_shallower_and_at_equal_depth_never_narrower(share):
+    ladder = [dlcm_shape(float(f"{size:.5g}"), share) for size in np.geomspace(3e5, 1e10, 200)]
+    for smaller, bigger in zip(ladder, ladder[1:]):
+        assert depth_of(bigger) >= depth_of(smaller)
+        if depth_of(bigger) == depth_of(smaller):
+            assert bigger["d_token"] >= smaller["d_token"]
+            assert bigger["d_concept"] >= smaller["d_concept"]
+
+
+def test_a_bigger_dense_size_is_never_shallower_and_at_equal_depth_at_most_one_step_narrower():
+    # A dense width between two numbers of heads takes the larger one, and d_ff gives way: one step of width at the most.
+    ladder = [dense_shape(float(f"{size:.5g}")) for size in np.geomspace(3e5, 1e10, 200)]
+    for smaller, bigger in zip(ladder, ladder[1:]):
+        assert depth_of(bigger) >= depth_of(smaller)
+        step = smaller["d_head"] // 2
+        assert bigger["d_token"] >= smaller["d_token"] - step or depth_of(bigger) > depth_of(smaller)
+
+
+@pytest.mark.parametrize("multiple", [64, 128])
+def test_widths_are_multiples_of_what_the_rule_says(multiple):
+    rule = ShapeRule(multiple_of=multiple, d_head=64)
+    for size in (3e8, 1e9, 1e10):
+        shape = dlcm_shape(size, 0.5, rule)
+        assert all(shape[name] % multiple == 0 for name in ("d_token", "d_concept", "d_ff_token", "d_ff_concept"))
+        assert shape["d_head"] == 64
+        params = parameters(built(shape))
+        assert abs(params.non_embedding / size - 1) <= 0.01
+        assert abs(params.concept_share - 0.5) <= 0.01
+        assert dense_shape(size, rule)["d_token"] % multiple == 0
+
+
+def test_multiples_that_are_too_coarse_are_refused_with_a_way_out():
+    with pytest.raises(UserError, match="loosen shape.tolerance_size"):
+        dlcm_shape(1e6, 0.5, ShapeRule(multiple_of=128))
+
+
+def test_a_head_width_of_the_model_comes_before_that_of_the_rule():
+    assert dlcm_shape(1e7, 0.5, ShapeRule(d_head=64), Parts(d_head=32))["d_head"] == 32
+    assert dlcm_shape(1e7, 0.5, ShapeRule(d_head=64))["d_head"] == 64
+    assert dense_shape(1e7, ShapeRule(d_head=64))["d_head"] == 64
+
+
+@pytest.mark.parametrize(("size", "share"), [(4_000, 0.5), (20_000, 0.9), (300_000, 0.99)])
+def test_the_nearest_shape_that_a_refusal_names_can_be_asked_for(size, share):
+    with pytest.raises(UserError) as refused:
+        dlcm_shape(size, share)
+    near_size, near_share = re.search(r"nearest is size ([\d,]+), concept_share (0\.\d+)", str(refused.value)).groups()
+    params = parameters(built(dlcm_shape(float(near_size.replace(",", "")), float(near_share))))
+    assert abs(params.non_embedding / float(near_size.replace(",", "")) - 1) <= 0.01
+    assert abs(params.concept_share - float(near_share)) <= 0.01
 
 
 def test_the_solver_is_deterministic():
@@ -119,11 +202,25 @@ def test_smooth_cost_is_continuous_and_monotone():
     assert cost(1e6, 2e8, 4.0, 0.5) == pytest.approx(2 * cost(1e6, 1e8, 4.0, 0.5))
 
 
-def test_size_at_cost_inverts_the_dense_cost():
-    cost = cost_function(vocab_size=4096, seq_len=256)
-    for size in (3e5, 7e7):
-        found = size_at_cost(cost(size, 1.0, 1.0, 0.0), vocab_size=4096, seq_len=256)
-        assert found == pytest.approx(size, rel=1e-4)
+@pytest.mark.parametrize(
+    ("vocab", "seq_len", "least"), [(1024, 256, 3e5), (4096, 256, 3e5), (32768, 1024, 1e7), (128_815, 4096, 1e8)]
+)
+def test_a_dense_model_of_equal_cost_is_found_among_the_integer_shapes(vocab, seq_len, least):
+    for size in (s for s in (3e5, 1e6, 3e6, 1e7, 1e8, 1e9, 1e10) if s >= least):
+        for share, ratio in ((0.2, 2.0), (0.5, 4.0), (0.8, 8.0)):
+            boundary = {"compression_ratio": ratio}
+            target = count(
+                built(dlcm_shape(size, share), vocab_size=vocab, boundary=boundary), seq_len
+            ).training_per_token
+            found = size_at_cost(target, vocab_size=vocab, seq_len=seq_len)
+            dense = count(built(dense_shape(found), "dense", vocab_size=vocab), seq_len).training_per_token
+            assert dense == pytest.approx(target, rel=0.02), (size, share, ratio)
+
+
+def test_a_cost_that_no_dense_shape_has_is_refused():
+    # With a vocabulary of 128,815 a model of this cost is nearly all head, in steps of its width.
+    with pytest.raises(UserError, match="is 6% off: the head of so small a model outweighs the rest; raise the size"):
+        size_at_cost(4e7, vocab_size=128_815, seq_len=4096)
 
 
 def test_no_model_means_infinite_cost():
