@@ -159,7 +159,7 @@ def _lesson(planned: "Plan", target: float | None, prior: Path | None, noise: fl
     with Reporter() as report:
 
         def progress(done: int, total: int) -> None:
-            if time.monotonic() - began > _PATIENCE_S:
+            if done < total and time.monotonic() - began > _PATIENCE_S:
                 report("simulating changes of the sweep", done, total)
 
         return teach(planned, target=target, prior=believed, noise=noise, seed=seed, progress=progress)

@@ -195,7 +195,8 @@ def sweep_file(tmp_path):
 def test_table_json_and_csv_carry_the_same_costs(dlcm, sweep_file, tmp_path):
     options = ("--accelerator", "H200", "--gpus", 1, "--price", 4)
     status, table, err = dlcm("sweep", "plan", sweep_file, *options)
-    assert (status, err) == (0, "")
+    assert status == 0
+    assert all(line.startswith("simulating") for line in err.splitlines()), err  # progress, where the machine is slow
     assert table.splitlines()[0].split()[-3:] == ["time", "memory", "price"]
     assert "H200: " in table
     assert "warning: " in table

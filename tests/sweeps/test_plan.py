@@ -159,7 +159,7 @@ def test_a_model_may_be_given_by_its_widths():
         ({"base": {**BASE, "optim": {"lr_token": "fast"}}}, "optim.lr_token"),
         ({"base": {**BASE, "data": {"seq_len": 300}}}, "not a multiple of data.seq_len = 300"),
         ({"base": {**BASE, "data": {"tokenizer": "hub:x/y"}}}, "give model.vocab_size"),
-        ({"base": {}}, "missing key 'd_token'"),
+        ({"base": {}}, "missing key 'model.d_token'"),
         ({"base": {}, "baseline": {}}, "no size to match"),
     ],
 )
