@@ -112,6 +112,12 @@ def _mean_and_worst(realised: Sequence[float | None], target: float) -> str | No
     return f"{sum(known) / len(known):.2f} ({worst:+.1%})"
 
 
+def plan_table(payload: Payload) -> str:
+    """Plans of ten thousand runs, then ways of counting."""
+    plans = [{title.replace("cpu_s", "CPU, s").replace("peak_mb", "peak, MB"): x for title, x in row.items()} for row in payload["plan"]]
+    return f"{format_table(plans)}\n\n{format_table(payload['count'])}\n\n`dlcm --help`: {payload['help_s']:.2f} s"
+
+
 def step_table(payload: Payload) -> str:
     """Both models, then what the comparison gives."""
     lines = [

@@ -312,7 +312,7 @@ def canonical_json(data: Any) -> str:
 
 
 def _short(count: int) -> str:
-    for unit, size in (("b", 10**9), ("m", 10**6), ("k", 10**3)):
+    for unit, size in (("t", 10**12), ("b", 10**9), ("m", 10**6), ("k", 10**3)):
         if count >= size:
             return f"{count / size:.3g}{unit}"
     return str(count)

@@ -38,19 +38,15 @@ def show_verb(
     """Parameters and FLOPs of one model or run, by component; of a finished run also its speed and MFU."""
     import json
 
-    from flops.count import count, parameters
     from flops.speed import format_speed, run_speed
-    from flops.table import format_subject, load_subject, subject_json
+    from flops.table import counted, format_subject, load_subject, subject_json
 
-    subject = load_subject(path)
-    ratio = tokens_per_concept or subject.tokens_per_concept_train
-    flops = count(subject.model, seq_len or subject.seq_len, ratio, cross=cross.value)
-    args = subject, parameters(subject.model), flops
+    item = counted(load_subject(path), seq_len, tokens_per_concept, cross.value)
     speed = run_speed(path) if path.is_dir() else None
     if as_json:
-        print(json.dumps({**subject_json(*args), "speed": speed.to_json() if speed else None}, indent=2))
+        print(json.dumps({**subject_json(item), "speed": speed.to_json() if speed else None}, indent=2))
     else:
-        print(format_subject(*args))
+        print(format_subject(item))
         if speed:
             print(format_speed(speed))
 

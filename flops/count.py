@@ -44,6 +44,11 @@ class ParamCount:
         """P, the backbone's share of the non-embedding parameters; 0 for a dense model."""
         return self.concept / self.non_embedding
 
+    @property
+    def concept_share_of_total(self) -> float:
+        """The backbone's share of all parameters, embeddings included; not what P means here."""
+        return self.concept / self.total
+
 
 @dataclass(frozen=True)
 class FlopCount:

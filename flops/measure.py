@@ -120,6 +120,16 @@ def check(
     return Check(rows, training, CheckedParameters(parameters(config).total, probe.n_parameters), differences)
 
 
+def count_with_torch(config: ModelConfig, seq_len: int) -> float:
+    """Forward FLOPs of one document as torch's counter finds them on the model on meta: what a count costs without a closed form.
+
+    Args:
+        config: DLCM or dense.
+        seq_len: tokens of the document.
+    """
+    return sum(_with_torch(_Probe(config, [seq_len], config.compression_target)).values())
+
+
 def _differences(
     config: ModelConfig, closed: FlopCount, lengths: Sequence[int], concepts: Sequence[float]
 ) -> tuple[Difference, ...]:

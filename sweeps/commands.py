@@ -67,16 +67,30 @@ def calibrate_verb(
 
 
 @flops_app.command("table")
-def flops_table_verb(file: SweepFile, as_json: AsJson = False, csv: CsvFile = None) -> None:
-    """FLOPs per token of every run of a sweep."""
-    from flops.table import format_table, table_csv, table_rows
-    from sweeps.plan import plan
-    from sweeps.spec import Sweep
+def flops_table_verb(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="SWEEP|RUN|CONFIG...", help="sweep files or directories, run folders, config files"),
+    ],
+    seq_len: Annotated[int | None, typer.Option(help="tokens of one sequence; each config's by default")] = None,
+    tokens_per_concept: Annotated[
+        float | None,
+        typer.Option(
+            "--tokens-per-concept", "-r", help="R of all; realised in training if known, else each one's target"
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    csv: CsvFile = None,
+) -> None:
+    """FLOPs per token of every model of sweeps, runs or configs: training, prompt, answer, and by component."""
+    from flops.table import counted, format_table, table_csv, table_rows
+    from sweeps.subjects import load_subjects
 
-    planned = plan(Sweep.from_yaml(file))
-    # Runs that differ in seed, rate or length cost the same per token: each shape once.
-    counted = {(run.config.model, run.config.data.seq_len): (run.run_id, run.params, run.flops) for run in planned.runs}
-    rows = table_rows(counted.values())
+    subjects = [subject for path in paths for subject in load_subjects(path)]
+    rows = table_rows(counted(subject, seq_len, tokens_per_concept) for subject in subjects)
+    if csv == Path("-"):
+        print(table_csv(rows), end="")
+        return
     if csv is not None:
         from dlcm.record import write_atomic
 
@@ -84,7 +98,7 @@ def flops_table_verb(file: SweepFile, as_json: AsJson = False, csv: CsvFile = No
     if as_json:
         import json
 
-        print(json.dumps({"sweep": planned.sweep.name, "rows": rows}, indent=2))
+        print(json.dumps({"rows": rows}, indent=2))
     else:
         print(format_table(rows))
 

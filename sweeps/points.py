@@ -140,9 +140,12 @@ class Shared:
         target = self.flops(model, seq_len).training_per_token
         key = (target, model.config.vocab_size, seq_len, values.get("model.d_head"))
         if key not in self._matched:
-            self._matched[key] = size_at_cost(
-                target, vocab_size=key[1], seq_len=seq_len, rule=self.sweep.shape, d_head=key[3]
-            )
+            try:
+                self._matched[key] = size_at_cost(
+                    target, vocab_size=key[1], seq_len=seq_len, rule=self.sweep.shape, d_head=key[3]
+                )
+            except UserError as error:
+                raise UserError(f"{self.where(values)}: baseline: {error}") from None
         return self._matched[key]
 
 

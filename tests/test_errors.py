@@ -11,6 +11,7 @@ SWEEP = {
     "base": {"data": {"tokenizer": "bytes", "seq_len": 32}, "train": {"batch_tokens": 64}},
     "axes": {"grid": {"size": [300_000], "compression_ratio": [2.0], "concept_share": [0.5]}},
     "budgets": {"tokens": [640]},
+    "minimum": {"steps": 0},  # ten steps are enough to fail in
     "cluster": {"concurrency": 1, "threads": 1},
 }
 

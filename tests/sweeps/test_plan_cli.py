@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from sweeps import Sweep, plan
+from sweeps.store import save_sweep
+
 SWEEP = """
 base: {size: 0.4M, concept_share: 0.5}
 axes: {grid: {compression_ratio: [2, 4]}}
@@ -72,6 +75,48 @@ def test_flops_table_shows_each_shape_of_a_sweep_once(dlcm, sweep_file):
     for row in rows:
         assert row["training_per_token"] == pytest.approx(3 * row["forward_per_token"])
         assert row["forward_per_token_full_square"] > row["forward_per_token"]
+
+
+def test_flops_table_of_the_papers_two_models_has_its_published_figures(dlcm):
+    recipe = Path(__file__).parents[2] / "sweeps" / "recipes" / "table3.yaml"
+    status, out, _ = dlcm("flops", "table", recipe, "--json")
+    dense, found = json.loads(out)["rows"]
+    assert status == 0
+    assert (dense["params_total"], found["params_total"]) == (1_226_295_808, 2_231_630_080)
+    assert found["concept_share_of_total"] == pytest.approx(0.609, abs=0.0005)
+    assert found["concept_share"] == pytest.approx(0.740, abs=0.0005)
+    assert 0.92 <= found["forward_over_dense"] <= 0.94
+    assert found["backbone"] / found["forward_per_token"] == pytest.approx(0.33, abs=0.005)
+    assert "of dense" in dlcm("flops", "table", recipe)[1]
+
+
+def test_flops_table_takes_sweeps_runs_and_configs_side_by_side(dlcm, sweep_file, tmp_path):
+    _, out, _ = dlcm("sweep", "plan", sweep_file, "--json")
+    run = json.loads(out)["runs"][0]
+    config, folder = tmp_path / "one.json", tmp_path / run["run_id"]
+    config.write_text(json.dumps(run["config"]["model"]))
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"schema": 1, "run_id": run["run_id"], "config": run["config"]}))
+    (folder / "result.json").write_text(json.dumps({"tokens_per_concept": 3.0, "tokens_per_concept_train": 3.5}))
+    rows = json.loads(dlcm("flops", "table", sweep_file, config, folder, "--json")[1])["rows"]
+    assert len(rows) == 5
+    assert rows[3]["name"] == "one"
+    assert rows[4]["tokens_per_concept"] == 3.5  # realised, where the plan has the target
+    rows = json.loads(dlcm("flops", "table", sweep_file, "--seq-len", 64, "-r", 2, "--json")[1])["rows"]
+    assert {row["seq_len"] for row in rows} == {64}
+    assert {row["tokens_per_concept"] for row in rows if row["model"] == "dlcm"} == {2}
+    status, out, _ = dlcm("flops", "table", sweep_file, "--csv", "-")
+    assert status == 0
+    assert [row["model"] for row in csv.DictReader(out.splitlines())] == ["dlcm", "dlcm", "dense"]
+    assert dlcm("flops", "table", tmp_path / "absent.yaml")[0] == 2
+
+
+def test_flops_table_of_a_stored_sweep_shows_every_run(dlcm, sweep_file, tmp_path):
+    planned = plan(Sweep.from_yaml(sweep_file))
+    save_sweep(planned, tmp_path / "runs" / "small")
+    rows = json.loads(dlcm("flops", "table", tmp_path / "runs" / "small", "--json")[1])["rows"]
+    assert [row["name"] for row in rows] == [run.run_id for run in planned.runs]
+    assert [row["training_per_token"] for row in rows] == [run.flops.training_per_token for run in planned.runs]
 
 
 def test_flops_show_reads_a_model_a_run_config_and_a_run_folder(dlcm, sweep_file, tmp_path):

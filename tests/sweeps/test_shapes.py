@@ -88,6 +88,15 @@ def test_from_a_third_of_a_million_to_ten_billion_every_shape_is_within_toleranc
     assert p_error <= LARGEST_ERRORS[heads_per_kv][1] <= 0.01
 
 
+@pytest.mark.parametrize("size", [1e6, 1e7, 1e8, 1e9, 1e10])
+@pytest.mark.parametrize(("ratio", "seq_len"), [(1.1, 256), (1.5, 1024), (2.0, 4096), (4.0, 4096), (8.0, 4096)])
+def test_at_fixed_size_and_above_one_token_a_concept_flops_fall_in_the_share(size, ratio, seq_len):
+    configs = [built(dlcm_shape(size, share)) for share in SHARES]
+    # Over the realised size, which is off by up to a percent from one share to the next.
+    costs = [count(c, seq_len, ratio).forward_per_token / parameters(c).non_embedding for c in configs]
+    assert all(cheaper < dearer for dearer, cheaper in zip(costs, costs[1:]))
+
+
 def depth_of(shape: dict) -> int:
     return sum(shape.get(f"n_{part}_layers", 0) for part in ("encoder", "concept", "decoder"))
 
