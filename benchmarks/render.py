@@ -114,7 +114,10 @@ def _mean_and_worst(realised: Sequence[float | None], target: float) -> str | No
 
 def plan_table(payload: Payload) -> str:
     """Plans of ten thousand runs, then ways of counting."""
-    plans = [{title.replace("cpu_s", "CPU, s").replace("peak_mb", "peak, MB"): x for title, x in row.items()} for row in payload["plan"]]
+    plans = [
+        {title.replace("cpu_s", "CPU, s").replace("peak_mb", "peak, MB"): x for title, x in row.items()}
+        for row in payload["plan"]
+    ]
     return f"{format_table(plans)}\n\n{format_table(payload['count'])}\n\n`dlcm --help`: {payload['help_s']:.2f} s"
 
 
@@ -193,6 +196,7 @@ AGAINST_PAPER = "FlexAttention's time over that of replication, at R = 4, here a
 # By the start of a result's name; rows as they are for all others.
 TABLES: dict[str, Callable[[Payload], str]] = {
     "coordinate_check": coordinate_table,
+    "plan_": plan_table,
     "ratio_control": ratio_table,
     "step_": step_table,
     "cross_attention_": cross_table,
