@@ -313,6 +313,7 @@ def canonical_json(data: Any) -> str:
 
 def _short(count: int) -> str:
     for unit, size in (("t", 10**12), ("b", 10**9), ("m", 10**6), ("k", 10**3)):
-        if count >= size:
+        # By the rounded number: whole steps make a little less than 1e12 of it, which is 1t, not 1e+03b.
+        if float(f"{count / size:.3g}") >= 1:
             return f"{count / size:.3g}{unit}"
     return str(count)

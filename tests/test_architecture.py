@@ -73,6 +73,7 @@ def test_importing_a_package_loads_nothing_heavy(package):
     assert loaded_by(f"import {package}", heavy) == []
 
 
+@pytest.mark.slow
 def test_analysis_loads_no_torch_even_when_all_of_it_is_imported():
     modules = [f"analysis.{path.stem}" for path in FILES if path.parent.name == "analysis" and path.stem != "__init__"]
     assert loaded_by(f"import {', '.join(['analysis', *modules])}", {"torch", "submitit", "fvcore", "lm_eval"}) == []

@@ -45,6 +45,7 @@ def test_the_sweeps_cost_function_prices_its_own_runs(planned):
     np.testing.assert_allclose(cost(data.N, data.D, data.R, data.P), data.C, rtol=0.06)
 
 
+@pytest.mark.slow
 def test_a_whole_analysis_of_a_sweep_folder_needs_nothing_but_the_folder(planned, tmp_path):
     found = analyze(planned, tmp_path / "out", n_bootstrap=5)
     assert set(found.optima) == {"dense", "dlcm"}

@@ -215,6 +215,7 @@ def test_a_design_takes_one_boundary_kind():
     assert len(design_of(planned, "dlcm")) == 2 * 3
 
 
+@pytest.mark.slow
 def test_each_change_has_the_runs_that_it_says():
     planned = plan(small_sweep())
     lesson = teach(planned, target=1e20, n=40, variations=False)

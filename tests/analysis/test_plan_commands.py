@@ -32,6 +32,7 @@ def fit_file(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_plan_tells_runs_costs_and_expected_intervals(dlcm, sweep_file):
     status, out, _ = dlcm("sweep", "plan", sweep_file, "--target", "1e20")
     assert status == 0
@@ -44,6 +45,7 @@ def test_a_plan_tells_runs_costs_and_expected_intervals(dlcm, sweep_file):
     assert out.index("device-hours") < out.index("What it will teach")
 
 
+@pytest.mark.slow
 def test_json_holds_every_interval_and_every_change(dlcm, sweep_file):
     status, out, _ = dlcm("sweep", "plan", sweep_file, "--target", "1e20", "--noise", "0.01", "--json")
     told = json.loads(out)
@@ -68,6 +70,7 @@ def test_csv_on_stdout_is_csv_alone(dlcm, sweep_file):
     assert len(list(csv.DictReader(io.StringIO(out)))) == 90
 
 
+@pytest.mark.slow
 def test_an_earlier_fit_is_the_prior_of_its_family(dlcm, sweep_file, fit_file):
     status, out, _ = dlcm("sweep", "plan", sweep_file, "--target", "1e20", "--prior", fit_file, "--json")
     assert status == 0

@@ -200,6 +200,7 @@ def template(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_the_verb_writes_a_sweep_and_never_over_another(template, tmp_path):
     done = dlcm("sweep", "design", template, "--budget", "3e16", "--target", "1e20", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -214,6 +215,7 @@ def test_the_verb_writes_a_sweep_and_never_over_another(template, tmp_path):
     assert written.read_text() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),
     [

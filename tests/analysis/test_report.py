@@ -44,6 +44,7 @@ def run(monkeypatch, capsys):
     return call
 
 
+@pytest.mark.slow
 def test_everything_promised_is_written(demo_analysis):
     out = demo_analysis.out_dir
     expected = [f"plots/{name}.{s}" for name in PLOTS for s in ("png", "svg")]
@@ -87,6 +88,7 @@ def test_figures_carry_their_provenance(demo_analysis):
     assert demo_analysis.data.hash in path.with_suffix(".svg").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n_dense", "n_dlcm"), [(1, 5), (1, 1), (2, 3), (4, 2)])
 def test_a_sweep_cut_off_early_is_analysed_all_the_same(demo_frame, write_results, tmp_path, n_dense, n_dlcm):
     frame = demo_frame.copy()
@@ -107,6 +109,7 @@ def test_a_missing_family_is_reported_not_fatal(demo_frame, write_results, tmp_p
     assert "No DLCM run." in found.summary()
 
 
+@pytest.mark.slow
 def test_without_a_sweep_the_optimum_is_missing_with_its_reason(demo_frame, write_results, tmp_path):
     found = analyze(write_results(demo_frame), tmp_path / "out", n_bootstrap=3)
     assert not found.optima
@@ -177,6 +180,7 @@ def test_the_same_figure_is_the_same_file(tmp_path, demo_frame, write_results):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_importing_analysis_loads_neither_torch_nor_a_scheduler_nor_pyplot():
     code = (
         "import sys\n"
@@ -205,6 +209,7 @@ def test_optimum_verb_prices_shapes_by_the_sweeps_formulas(run, demo_frame, writ
     assert set(json.loads(out)["optima"]) == {"dlcm", "dense"}
 
 
+@pytest.mark.slow
 def test_plot_export_and_report_verbs_write_their_files(run, demo_frame, write_results, tmp_path):
     path = write_results(demo_frame)
     code, out, _ = run("plot", path, "--out", tmp_path / "p", "--json")

@@ -177,6 +177,7 @@ def dlcm(*args, text=None):
     return subprocess.run(command, input=text, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_command_writes_text_to_standard_output_and_the_same_again_with_the_same_seed(run_dir):
     streamed = dlcm(run_dir, "def ", "-n", 12)
     assert streamed.returncode == 0, streamed.stderr
@@ -188,6 +189,7 @@ def test_the_command_writes_text_to_standard_output_and_the_same_again_with_the_
     assert record["texts"][0]["tokens_per_concept"] >= 1.0
 
 
+@pytest.mark.slow
 def test_the_command_names_what_is_wrong(run_dir, tmp_path):
     for args, words in (
         ((tmp_path / "none", "x"), "run.json"),

@@ -83,6 +83,7 @@ def assert_exact(found, case, own_segment, log_length):
             assert (a - b).norm() <= 1e-5 * b.norm(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("own_segment", "log_length"), OPTIONS)
 def test_kernels_equal_the_reference_on_packed_documents_with_padding(run, own_segment, log_length):
     case = make(n_padding=9)

@@ -76,6 +76,7 @@ def assert_same_run(a, b):
         assert all(torch.equal(moments[k], state_b["optimizer"]["state"][i][k]) for k in moments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dlcm", "dense"])
 def test_a_run_killed_at_any_step_and_resumed_equals_an_uninterrupted_one_bitwise(kind, corpus_path, tmp_path):
     config = make_config(corpus_path, model=dense_config(vocab_size=VOCAB) if kind == "dense" else None)
@@ -89,6 +90,7 @@ def test_a_run_killed_at_any_step_and_resumed_equals_an_uninterrupted_one_bitwis
         assert_same_run(tmp_path / "whole", run_dir)
 
 
+@pytest.mark.slow
 def test_a_torn_metrics_line_is_written_again_on_resume(corpus_path, tmp_path):
     config = make_config(corpus_path)
     train(config, tmp_path / "whole")
@@ -100,6 +102,7 @@ def test_a_torn_metrics_line_is_written_again_on_resume(corpus_path, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "torn")
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(corpus_path, tmp_path):
     config = make_config(corpus_path)
     train(config, tmp_path / "whole")

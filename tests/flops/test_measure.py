@@ -97,6 +97,7 @@ def test_models_of_billions_are_checked_without_their_memory(config):
     assert found.parameters.built > 1.2e9
 
 
+@pytest.mark.slow
 def test_each_difference_is_listed_with_its_amount_and_what_a_model_lacks_is_not():
     reasons = {d.reason.split(":")[0].split(",")[0] for d in measure.check(tiny(), 12).differences}
     assert reasons == {"attention as full squares", "V of the null concept", "the smoother is elementwise arithmetic"}
@@ -212,6 +213,7 @@ def test_parameter_groups_equal_those_of_the_built_model():
     assert (backbone, embedding, sum(sizes.values())) == (counted.concept, counted.embedding, counted.total)
 
 
+@pytest.mark.slow
 def test_the_verb_prints_three_columns_the_difference_and_the_list(dlcm, tmp_path):
     path = tmp_path / "model.json"
     path.write_text(json.dumps(tiny().model_dump(mode="json")))

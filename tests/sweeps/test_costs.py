@@ -192,6 +192,7 @@ def sweep_file(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_table_json_and_csv_carry_the_same_costs(dlcm, sweep_file, tmp_path):
     options = ("--accelerator", "H200", "--gpus", 1, "--price", 4)
     status, table, err = dlcm("sweep", "plan", sweep_file, *options)

@@ -326,6 +326,7 @@ def test_workers_ignore_the_interrupt_that_ends_the_watching(tmp_path):
     assert show(folder).overview.n_complete == 1
 
 
+@pytest.mark.slow
 def test_the_environment_of_a_worker_has_its_threads_before_torch_is_imported(tmp_path):
     folder = tmp_path / "s"
     launch(make_plan(tmp_path, steps=2, seeds=(0,)), folder, "local", concurrency=1, threads=1)

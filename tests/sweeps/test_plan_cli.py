@@ -150,6 +150,7 @@ def test_flops_show_refuses_what_is_no_model(dlcm, tmp_path, content, words):
     assert dlcm("flops", "show", tmp_path)[0] == 2
 
 
+@pytest.mark.slow
 def test_flops_check_agrees_on_the_examples(dlcm):
     status, out, _ = dlcm("flops", "check", "--json")
     assert status == 0
