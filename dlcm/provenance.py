@@ -1,6 +1,7 @@
 """Which code, which packages, which machine: what a result needs beside its config to be traced."""
 
 import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -15,6 +16,10 @@ _PACKAGES = ("dlcm-scaling", "torch", "numpy", "tokenizers")
 def source_commit() -> tuple[str | None, str | None]:
     """Commit of the running code and a hash of what differs from it; (None, None) outside a checkout, no hash when clean."""
     folder = Path(__file__).resolve().parent.parent
+    frozen = folder / "snapshot.json"  # code that was frozen with a sweep knows where it came from
+    if frozen.exists():
+        facts = json.loads(frozen.read_text())
+        return facts["git_commit"], facts["git_dirty_hash"]
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
         return None, None

@@ -23,6 +23,8 @@ class Result:
         wall_s: seconds of training and evaluation, over all interruptions.
         domains: the validation set by content, source code and prose apart, as in `dlcm.validation.Validation`; None also
             where an earlier version trained the run.
+        micro_batch_tokens: tokens of one forward pass where it was set; smaller than in the config after
+            an out-of-memory failure.
     """
 
     run_id: str
@@ -40,6 +42,7 @@ class Result:
     device: str
     reason: str | None = None
     domains: dict[str, dict[str, float | int | None]] | None = None
+    micro_batch_tokens: int | None = None
     schema: int = SCHEMA_VERSION
 
 

@@ -33,7 +33,7 @@ from dlcm.boundary import (
 )
 from dlcm.checkpoint import check_corpus, corpus_record, load_checkpoint, save_checkpoint
 from dlcm.config import SCHEMA_VERSION, RunConfig
-from dlcm.errors import UserError
+from dlcm.errors import UserError, parse
 from dlcm.model import Model, build_model, next_token_loss
 from dlcm.optim import build_optimizer, lr_factor
 from dlcm.provenance import describe_environment
@@ -47,6 +47,12 @@ from dlcm.validation import calibrate_threshold, evaluate_loss
 FINAL_SHARE = 0.1
 # Weight of the past in the running loss that decides about divergence.
 _RUNNING_LOSS_DECAY = 0.9
+
+
+class StopTraining(Exception):
+    """Raised by `on_step` to end the training after the step: a checkpoint is saved first, a later start goes on from it."""
+
+    reason = "told to stop"
 
 
 @dataclass(frozen=True)
@@ -90,13 +96,23 @@ class _StepSums:
     scores: list[Tensor] = field(default_factory=list)
 
 
-def train(config: RunConfig, run_dir: Path | str, *, on_step: Callable[[Progress], None] | None = None) -> Result:
+def train(
+    config: RunConfig,
+    run_dir: Path | str,
+    *,
+    on_step: Callable[[Progress], None] | None = None,
+    guard: Callable[[], None] = lambda: None,
+    micro_batch_tokens: int | None = None,
+) -> Result:
     """Train one run, or continue it, or return what it found.
 
     Args:
         config: the run.
         run_dir: its directory; made if absent. A finished run is not touched.
-        on_step: called after every step.
+        on_step: called after every step; may raise `StopTraining`.
+        guard: called before every write into the directory; may raise to end a process that must not write any more.
+        micro_batch_tokens: tokens of one forward pass in place of the config's, where memory does not suffice: the
+            global batch and the run stay the same, up to rounding.
 
     Returns:
         The result, with status `finished`, or `diverged` with the reason: divergence is a result, not an error.
@@ -106,11 +122,21 @@ def train(config: RunConfig, run_dir: Path | str, *, on_step: Callable[[Progress
         RunBusyError: another process is training this run.
     """
     run_dir = Path(run_dir)
+    executed = _with_micro_batch(config, micro_batch_tokens)
     with run_lock(run_dir):
+        guard()
         _claim(config, run_dir)
         if (run_dir / "result.json").exists():
             return load_result(run_dir)
-        return _Trainer(config, run_dir).run(on_step)
+        return _Trainer(config, run_dir, executed=executed, guard=guard).run(on_step)
+
+
+def _with_micro_batch(config: RunConfig, micro_batch_tokens: int | None) -> RunConfig:
+    """The config that is executed."""
+    if micro_batch_tokens is None:
+        return config
+    train = {**config.train.model_dump(), "micro_batch_tokens": micro_batch_tokens}
+    return parse(RunConfig, {**config.model_dump(), "train": train}, "train")
 
 
 def step_seconds(config: RunConfig, corpus: Corpus) -> Iterator[float]:
@@ -145,8 +171,17 @@ def _claim(config: RunConfig, run_dir: Path) -> None:
 class _Trainer:
     """State and steps of one run."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, corpus: Corpus | None = None) -> None:
-        self.config, self.run_dir = config, run_dir
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        corpus: Corpus | None = None,
+        *,
+        executed: RunConfig | None = None,
+        guard: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.config, self.run_dir, self.guard = config, run_dir, guard
+        self.executed = executed or config  # the same run, perhaps with other micro-batches
         self.corpus = corpus or open_corpus(config.data)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.device_name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
@@ -164,9 +199,9 @@ class _Trainer:
         check_corpus(self.run_dir, self.corpus)
         self._restore()
         environment = describe_environment(self.device_name, torch.get_num_threads())
-        write_json(
-            self.run_dir / "env.json", {"schema": SCHEMA_VERSION, **environment, "corpus": corpus_record(self.corpus)}
-        )
+        facts = {"corpus": corpus_record(self.corpus), "micro_batch_tokens": self.executed.train.micro_batch_tokens}
+        self.guard()
+        write_json(self.run_dir / "env.json", {"schema": SCHEMA_VERSION, **environment, **facts})
         clock = time.perf_counter()
         reason = None
         while self.step < self.config.n_steps and reason is None:
@@ -180,13 +215,18 @@ class _Trainer:
                 self._log(grad_norm, tokens_per_s)
             if last and not reason:
                 self.tally.uncalibrated = calibrate_threshold(self.model, self.corpus, self.config, self.autocast)
-            if not reason and (last or self.step % self.config.train.checkpoint_every == 0):
-                self.tally.wall_s += time.perf_counter() - clock
-                clock = time.perf_counter()
-                self._save()
+            saved = not reason and (last or self.step % self.config.train.checkpoint_every == 0)
+            if saved:
+                clock = self._save(clock)
             if on_step is not None:
-                on_step(Progress(self.step, self.config.n_steps, self._tokens, loss, tokens_per_s))
+                try:
+                    on_step(Progress(self.step, self.config.n_steps, self._tokens, loss, tokens_per_s))
+                except StopTraining:
+                    if not reason and not saved:
+                        self._save(clock)
+                    raise
         result = self._result(reason, self.tally.wall_s + time.perf_counter() - clock)
+        self.guard()
         write_json(self.run_dir / "result.json", asdict(result))
         return result
 
@@ -202,13 +242,18 @@ class _Trainer:
             self.step, self.tally = state["step"], _Tally(**state["tally"])
         cut_metrics(self.metrics_path, self.step)
 
-    def _save(self) -> None:
+    def _save(self, clock: float) -> float:
+        """Save a checkpoint; `clock` is when the time since the one before began, and what comes back is when the next begins."""
+        now = time.perf_counter()
+        self.tally.wall_s += now - clock
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "tally": asdict(self.tally),
         }
+        self.guard()
         save_checkpoint(self.run_dir, self.step, self.config, state)
+        return now
 
     def _train_step(self) -> tuple[float, float]:
         """One optimizer step. Returns the language-model loss in nats per token and the gradient norm before clipping."""
@@ -219,7 +264,7 @@ class _Trainer:
         batch = self.corpus.train.batch(
             self.step, seed=config.seed, batch_tokens=config.train.batch_tokens, seq_len=config.data.seq_len
         )
-        parts = [self._to_device(part) for part in _micro_batches(batch, config)]
+        parts = [self._to_device(part) for part in _micro_batches(batch, self.executed)]
         ahead = self._statistics_ahead(parts)
         self.optimizer.zero_grad(set_to_none=True)
         sums = _StepSums()
@@ -323,6 +368,7 @@ class _Trainer:
             "grad_norm": grad_norm,
         }
         finite = {k: None if v is None or not math.isfinite(v) else v for k, v in row.items()}
+        self.guard()
         append_metrics(self.metrics_path, finite)
         tally.reset_interval()
 
@@ -345,6 +391,7 @@ class _Trainer:
             device=self.device_name,
             reason=reason,
             domains=measured.domains if measured else None,
+            micro_batch_tokens=self.executed.train.micro_batch_tokens,
         )
 
 

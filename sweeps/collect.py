@@ -15,7 +15,8 @@ import pandas as pd
 from dlcm.errors import UserError
 from dlcm.record import read_json, read_metrics, write_atomic
 from flops import FlopCount, count, parameters
-from sweeps.store import RunState, StoredRun, StoredSweep, load_sweep, read_record, sweep_states
+from sweeps.states import RunState, sweep_states
+from sweeps.store import StoredRun, StoredSweep, load_sweep, read_record
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,26 @@ CsvFile = Annotated[
 SweepName = Annotated[str, typer.Argument(metavar="SWEEP", help="its directory, its name under --dir, or its file")]
 RunNames = Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="run ids, or their first or last part")]
 RunsDir = Annotated[Path, typer.Option("--dir", metavar="DIR", help="where sweeps are stored")]
-OnCluster = Annotated[str, typer.Option("--cluster", metavar="local|slurm|debug", help="where the runs run")]
+OnCluster = Annotated[
+    str,
+    typer.Option(
+        "--cluster", metavar="local|slurm|debug|NAME", help="where the runs run; a name is one of your clusters file"
+    ),
+]
 MaybeCluster = Annotated[
-    str | None, typer.Option("--cluster", metavar="local|slurm|debug", help="where; as the last submit by default")
+    str | None, typer.Option("--cluster", metavar="local|slurm|debug|NAME", help="where; as the last submit by default")
 ]
 Concurrency = Annotated[int | None, typer.Option("--concurrency", help="runs at once; as in the sweep file by default")]
 Threads = Annotated[
     int | None, typer.Option("--threads", help="CPU threads of one run; as in the sweep file by default")
 ]
-RunsPerTask = Annotated[int, typer.Option("--runs-per-task", help="slurm: runs that one array task trains in turn")]
+RunsPerTask = Annotated[
+    int | None, typer.Option("--runs-per-task", help="slurm: runs that one array task trains in turn")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="a setting of the cluster block, e.g. partition=gpu; repeatable"),
+]
 Detach = Annotated[bool | None, typer.Option("--detach/--wait", help="return at once (default with slurm)")]
 _RUNS = Path("runs")
 
@@ -110,7 +121,8 @@ def submit_verb(
     runs_dir: RunsDir = _RUNS,
     concurrency: Concurrency = None,
     threads: Threads = None,
-    runs_per_task: RunsPerTask = 1,
+    runs_per_task: RunsPerTask = None,
+    settings: Settings = None,
     detach: Detach = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and what would be trained")] = False,
     as_json: AsJson = False,
@@ -120,7 +132,7 @@ def submit_verb(
     from sweeps.session import check_options, launch_and_show, show_dry_run
     from sweeps.spec import Sweep
 
-    options = check_options(cluster, concurrency, threads, runs_per_task)
+    options = check_options(cluster, settings or (), concurrency, threads, runs_per_task)
     planned = plan(Sweep.from_yaml(file))
     sweep_dir = runs_dir / planned.sweep.name
     if dry_run:
@@ -177,7 +189,8 @@ def retry_verb(
     runs_dir: RunsDir = _RUNS,
     concurrency: Concurrency = None,
     threads: Threads = None,
-    runs_per_task: RunsPerTask = 1,
+    runs_per_task: RunsPerTask = None,
+    settings: Settings = None,
     detach: Detach = None,
     as_json: AsJson = False,
 ) -> None:
@@ -186,7 +199,7 @@ def retry_verb(
     from sweeps.store import find_sweep
 
     sweep_dir = find_sweep(sweep, runs_dir)
-    options = check_options(cluster, concurrency, threads, runs_per_task, sweep_dir=sweep_dir)
+    options = check_options(cluster, settings or (), concurrency, threads, runs_per_task, sweep_dir=sweep_dir)
     raise typer.Exit(retry_and_show(sweep_dir, runs or (), options, detach=detach, as_json=as_json))
 
 

@@ -10,7 +10,9 @@ from dlcm.config import SCHEMA_VERSION
 from dlcm.errors import UserError
 from dlcm.record import is_locked, write_json
 from sweeps.jobs import Job, cancel_jobs, job_key, job_states, jobs_folder, read_jobs
-from sweeps.store import CLAIM, RunState, StoredRun, StoredSweep, load_sweep, read_record, sweep_states
+from sweeps.lease import is_held
+from sweeps.states import RunState, sweep_states
+from sweeps.store import CLAIM, StoredRun, StoredSweep, load_sweep, read_record
 
 _GRACE_S = 15.0
 _POLL_S = 0.2
@@ -62,7 +64,7 @@ def cancel(sweep_dir: Path, run_ids: Sequence[str] = (), *, grace_s: float = _GR
 
 
 def _is_held(run: StoredRun) -> bool:
-    return is_locked(run.path, CLAIM) or is_locked(run.path)
+    return is_held(run.path, CLAIM) or is_locked(run.path)
 
 
 def _wait_until_free(runs: Sequence[StoredRun], grace_s: float) -> list[StoredRun]:

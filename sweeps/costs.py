@@ -1,5 +1,6 @@
 """What a plan costs on a device: hours, memory, money and energy of every run and of all, and what stands in its way."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -170,17 +171,12 @@ def _warnings(plan: "Plan", hardware: Hardware, estimates: Sequence[Estimate]) -
             way_out = f"set train.micro_batch_tokens to {min(x for x in fitting if x is not None):,} or less"
         told = f"{_n(len(large), n)} not fit the {device.memory_bytes / 1e9:.0f} GB of {device.name}"
         yield f"{told} (up to {most / 1e9:.0f} GB): {way_out}"
-    limit = cluster.time_minutes / 60
+    limit = math.inf if cluster.time is None else cluster.time_minutes / 60
     if late := [run for run in estimates if run.hours > limit]:
         longest = max(run.hours for run in late)
         yield (
             f"{_n(len(late), n)} not end within cluster.time = {cluster.time} (longest {format_hours(longest)}): raise it, or "
             "count on resuming from checkpoints"
-        )
-    if hardware.n_devices > 1:
-        yield (
-            f"hours assume that {hardware.n_devices} devices share each run without loss, but `dlcm` trains a run on "
-            f"one device: the others are paid for and idle, and hours and price are {hardware.n_devices} times as much"
         )
     defaulted = device.is_gpu and hardware.mfu is None
     small = [

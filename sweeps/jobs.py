@@ -5,6 +5,7 @@ id and the time it was created (ids are used again); SLURM is asked with `squeue
 """
 
 import contextlib
+import json
 import re
 import shutil
 import socket
@@ -14,14 +15,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dlcm.errors import UserError, nearest
-from dlcm.record import append_metrics, is_locked, read_metrics
+from dlcm.errors import UserError
+from dlcm.record import is_locked, read_metrics
 
 Life = Literal["pending", "running", "gone", "unknown"]
-Cluster = Literal["local", "slurm", "debug"]
-CLUSTERS: tuple[Cluster, ...] = ("local", "slurm", "debug")
 
 _SQUEUE_TIMEOUT_S = 20.0
+_SACCT_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,12 @@ class JobState:
     state: Life
 
 
-def check_submit(cluster: str, concurrency: int | None, threads: int | None, runs_per_task: int) -> None:
-    """Refuse a submit that makes no sense.
+def check_submit(concurrency: int | None, threads: int | None, runs_per_task: int | None) -> None:
+    """Refuse numbers that make no sense.
 
     Raises:
-        UserError: unknown cluster, or a number below 1.
+        UserError: a number below 1.
     """
-    if cluster not in CLUSTERS:
-        raise UserError(f"--cluster {cluster}: no such cluster{nearest(cluster, CLUSTERS)}")
     for name, value in (("concurrency", concurrency), ("threads", threads), ("runs-per-task", runs_per_task)):
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
@@ -83,9 +81,11 @@ def read_jobs(sweep_dir: Path) -> list[Job]:
     return jobs
 
 
-def append_job(sweep_dir: Path, job: Job) -> None:
-    """Add a job to jobs.jsonl."""
-    append_metrics(sweep_dir / "jobs.jsonl", asdict(job))
+def append_jobs(sweep_dir: Path, jobs: Iterable[Job]) -> None:
+    """Add jobs to jobs.jsonl, all in one write."""
+    text = "".join(json.dumps(asdict(job)) + "\n" for job in jobs)
+    with (sweep_dir / "jobs.jsonl").open("ab") as file:
+        file.write(text.encode())
 
 
 def job_states(sweep_dir: Path) -> dict[str, JobState]:
@@ -144,6 +144,28 @@ def _squeue(ids: list[str]) -> dict[str, Life]:
         job_id, _, state = line.strip().partition("|")
         known[job_id] = "pending" if state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING") else "running"
     return {job_id: known.get(job_id, "gone") for job_id in ids}
+
+
+def end_reasons(ids: Iterable[str]) -> dict[str, str]:
+    """Why jobs ended, by `sacct`: job id -> its word (NODE_FAIL, TIMEOUT, OUT_OF_MEMORY, ...). Empty without accounting."""
+    wanted = sorted(set(ids))
+    if not wanted or shutil.which("sacct") is None:
+        return {}
+    command = [
+        "sacct",
+        "--noheader",
+        "--parsable2",
+        "--allocations",
+        "--format=JobID,State",
+        f"--jobs={','.join(wanted)}",
+    ]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=_SACCT_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    pairs = (line.strip().partition("|") for line in answer.stdout.splitlines())
+    # An end that says no more than that the process failed, which we know, is no reason.
+    return {i: state for i, _, state in pairs if i in wanted and state not in ("", "FAILED", "RUNNING", "PENDING")}
 
 
 def cancel_jobs(jobs: Iterable[Job], states: Mapping[str, JobState]) -> list[str]:

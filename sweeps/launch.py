@@ -9,25 +9,27 @@ import contextlib
 import math
 import os
 import pickle
+import shlex
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import submitit
-from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths, UncompletedJobError
+from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
 from submitit.helpers import DelayedSubmission
 
 from dlcm.errors import UserError
-from dlcm.record import RunBusyError, run_lock
+from dlcm.record import RunBusyError, run_lock, write_json
+from sweeps.clusters import Target, resolve_target
+from sweeps.code import freeze_code
 from sweeps.jobs import (
-    Cluster,
     Job,
-    append_job,
+    append_jobs,
     check_submit,
     job_key,
     job_states,
@@ -36,18 +38,12 @@ from sweeps.jobs import (
     process_created,
     read_jobs,
 )
-from sweeps.store import (
-    RunState,
-    Saved,
-    StoredRun,
-    StoredSweep,
-    check_sweep_dir,
-    load_sweep,
-    read_record,
-    save_sweep,
-    sweep_states,
-)
-from sweeps.worker import THREAD_VARIABLES, packages_root, thread_environment, work
+from sweeps.lease import lease
+from sweeps.resources import Group, group_runs
+from sweeps.states import RunState, sweep_states
+from sweeps.store import Saved, StoredRun, StoredSweep, check_sweep_dir, load_sweep, read_record, save_sweep
+from sweeps.supervisor import supervise
+from sweeps.worker import THREAD_VARIABLES, thread_environment, work
 
 if TYPE_CHECKING:
     from dlcm.train import Progress
@@ -57,7 +53,7 @@ if TYPE_CHECKING:
 _LOCAL_LIMIT_MIN = 60 * 24 * 365
 # A long run goes through many time-outs: each requeue resumes from its checkpoint. This many without an end is a fault.
 _MAX_TIMEOUTS = 50
-_SIGNAL_LEAD_S = 90
+_SIGNAL_LEAD_S = 120
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class Submission:
 
     sweep_dir: Path
     number: int
-    cluster: Cluster
+    cluster: str
     job_ids: tuple[str, ...]
     to_train: tuple[str, ...]
     skipped: tuple[RunState, ...]
@@ -75,28 +71,44 @@ class Submission:
 
 @dataclass(frozen=True)
 class Worker:
-    """The job: pickled by submitit, and put back into the queue as it is after a time-out or a preemption."""
+    """The job: pickled by submitit, and put back into the queue as it is after a time-out or a preemption.
+
+    Attributes:
+        sweep_dir: directory of the sweep.
+        submission: number of the submission.
+        threads: CPU threads of one run.
+        root: folder of the frozen code.
+        group: file with the ids of the runs that it may take; all of them where absent.
+        max_runs: runs that it takes.
+        at_once: how many of them at the same time.
+        grace_s: how long a checkpoint may take once it is told to stop.
+    """
 
     sweep_dir: Path
     submission: int
     threads: int
     root: Path
+    group: Path | None = None
     max_runs: int | None = None
-    only: tuple[str, ...] | None = None
+    at_once: int = 1
+    grace_s: float = 60.0
 
     def __call__(self) -> dict[str, list[str]]:
         """Work on the sweep directory until no run is left for this worker."""
-        report = work(
-            self.sweep_dir,
-            submission=self.submission,
-            threads=self.threads,
-            max_runs=self.max_runs,
-            only=self.only,
-            root=self.root,
-            job_id=submitit.JobEnvironment().job_id,
-            fatal=(UncompletedJobError,),
-        )
-        return asdict(report)
+        requeue = signal.getsignal(signal.SIGUSR2)  # submitit's: it asks for `checkpoint`, requeues the job and leaves
+        payload = {
+            "sweep_dir": str(self.sweep_dir),
+            "submission": self.submission,
+            "threads": self.threads,
+            "root": str(self.root),
+            "job_id": submitit.JobEnvironment().job_id,
+            "only": None if self.group is None else str(self.group),
+            "max_runs": None if self.max_runs is None else math.ceil(self.max_runs / self.at_once),
+        }
+        outcome = supervise(payload, self.at_once, grace_s=self.grace_s)
+        if outcome.stopped == "SIGUSR2" and callable(requeue):
+            requeue(signal.SIGUSR2, None)
+        return outcome.report
 
     def checkpoint(self) -> DelayedSubmission:
         """What submitit requeues: the same worker; what is done and what is not stands in the run directories."""
@@ -106,11 +118,12 @@ class Worker:
 def launch(
     plan: "Plan",
     sweep_dir: Path,
-    cluster: Cluster = "local",
+    cluster: str = "local",
     *,
+    settings: Mapping[str, Any] | None = None,
     concurrency: int | None = None,
     threads: int | None = None,
-    runs_per_task: int = 1,
+    runs_per_task: int | None = None,
     on_run: Callable[[StoredRun], None] | None = None,
     on_step: Callable[["Progress"], None] | None = None,
 ) -> Submission:
@@ -119,10 +132,12 @@ def launch(
     Args:
         plan: the planned runs.
         sweep_dir: directory of the sweep, usually `runs/<sweep>`.
-        cluster: `local` (processes of this machine), `slurm`, or `debug` (this process, one run after the other).
+        cluster: `local` (processes of this machine), `slurm`, `debug` (this process, one run after the other), or a name in the
+            user's file of clusters.
+        settings: fields of `ClusterConfig` in place of those of that cluster and of the sweep file.
         concurrency: runs at once; the sweep file's `cluster` block where absent.
         threads: CPU threads of one run; the sweep file's `cluster` block where absent.
-        runs_per_task: runs that one task of a SLURM array trains, one after the other; its wall time grows with it.
+        runs_per_task: runs that one task of a SLURM array trains; its wall time grows with it.
         on_run: `debug` only: called as a run is taken.
         on_step: `debug` only: called with each `Progress` of the training.
 
@@ -132,13 +147,15 @@ def launch(
     Raises:
         UserError: the directory is not a sweep, another submit is writing to it, or the cluster refuses the job.
     """
-    check_submit(cluster, concurrency, threads, runs_per_task)
+    check_submit(concurrency, threads, runs_per_task)
+    resolve_target(cluster, plan.sweep.cluster, settings)  # a fault is told before anything is written
     check_sweep_dir(sweep_dir)  # before the lock puts a file into it
     with _submit_lock(sweep_dir):
         saved = save_sweep(plan, sweep_dir)
     return resubmit(
         sweep_dir,
         cluster,
+        settings=settings,
         concurrency=concurrency,
         threads=threads,
         runs_per_task=runs_per_task,
@@ -150,11 +167,12 @@ def launch(
 
 def resubmit(
     sweep_dir: Path,
-    cluster: Cluster = "local",
+    cluster: str = "local",
     *,
+    settings: Mapping[str, Any] | None = None,
     concurrency: int | None = None,
     threads: int | None = None,
-    runs_per_task: int = 1,
+    runs_per_task: int | None = None,
     run_ids: Sequence[str] | None = None,
     on_run: Callable[[StoredRun], None] | None = None,
     on_step: Callable[["Progress"], None] | None = None,
@@ -164,34 +182,36 @@ def resubmit(
 
     The other arguments and the errors are those of `launch`.
     """
-    check_submit(cluster, concurrency, threads, runs_per_task)
+    check_submit(concurrency, threads, runs_per_task)
     sweep_dir = sweep_dir.resolve()
     with _submit_lock(sweep_dir):
         sweep = load_sweep(sweep_dir)
-        jobs = read_jobs(sweep_dir)
-        states = sweep_states(sweep, job_states(sweep_dir))
-        only = None if run_ids is None else tuple(sweep.run(name).run_id for name in run_ids)
-        todo = [state for state in states if is_to_train(state) and (only is None or state.run_id in only)]
-        number = _next_submission(sweep, jobs)
+        at_once = (
+            "array_parallelism" if resolve_target(cluster, sweep.spec.cluster).scheduler == "slurm" else "concurrency"
+        )
+        given = {at_once: concurrency, "threads": threads, "runs_per_task": runs_per_task}
+        merged = {**(settings or {}), **{key: value for key, value in given.items() if value is not None}}
+        target = resolve_target(cluster, sweep.spec.cluster, merged)
+        states = sweep_states(sweep)
+        chosen = None if run_ids is None else {sweep.run(name).run_id for name in run_ids}
+        todo = [state for state in states if is_to_train(state) and (chosen is None or state.run_id in chosen)]
+        number = _next_submission(sweep, read_jobs(sweep_dir))
         for state in todo:
             (sweep_dir / state.run_id / "cancelled.json").unlink(missing_ok=True)
-        threads = threads or sweep.spec.cluster.threads
+        submitting = _Submitting(sweep, target, number, tuple(state.run_id for state in todo), merged)
         job_ids: list[str] = []
-        if todo and cluster != "debug":
-            submit = _submit_local if cluster == "local" else _submit_slurm
-            max_runs = runs_per_task if cluster == "slurm" else None
-            worker = Worker(sweep_dir, number, threads, packages_root(), max_runs, only)
-            job_ids = submit(sweep, worker, len(todo), concurrency)
-        elif todo:
+        if todo and target.scheduler == "debug":
             job_ids = [str(os.getpid())]
-            _record(sweep_dir, number, "debug", job_ids, {"threads": threads})
-    if todo and cluster == "debug":
+            submitting.record(job_ids)
+        elif todo:
+            job_ids = submitting.local() if target.scheduler == "local" else submitting.slurm()
+    if todo and target.scheduler == "debug":
         with run_lock(jobs_folder(sweep_dir, number)):
             work(
                 sweep_dir,
                 submission=number,
-                threads=threads,
-                only=only,
+                threads=target.config.threads,
+                only=None if chosen is None else tuple(chosen),
                 capture=False,
                 on_run=on_run,
                 on_step=on_step,
@@ -199,7 +219,7 @@ def resubmit(
     return Submission(
         sweep_dir=sweep_dir,
         number=number,
-        cluster=cluster,
+        cluster=target.scheduler,
         job_ids=tuple(job_ids),
         to_train=tuple(state.run_id for state in todo),
         skipped=tuple(state for state in states if state.in_plan and not is_to_train(state)),
@@ -210,9 +230,10 @@ def resubmit(
 def _next_submission(sweep: StoredSweep, jobs: Sequence[Job]) -> int:
     """A number above all that stand in the runs' files too: a failure of this submission would not be retried by it."""
     numbers = [job.submission for job in jobs]
+    present = {entry.name for entry in os.scandir(sweep.path)}
     for run in sweep.runs:
         for name in ("failure.json", "status.json"):
-            if record := read_record(run.path / name):
+            if run.run_id in present and (record := read_record(run.path / name)):
                 numbers.append(record["submission"])
     return max(numbers, default=0) + 1
 
@@ -225,41 +246,112 @@ def is_to_train(state: RunState) -> bool:
 @contextlib.contextmanager
 def _submit_lock(sweep_dir: Path) -> Iterator[None]:
     try:
-        with run_lock(sweep_dir, ".submit"):
+        with lease(sweep_dir, ".submit"):
             yield
     except RunBusyError:
         raise UserError(f"{sweep_dir}: another submit of this sweep is at work; wait for it") from None
 
 
-def _record(sweep_dir: Path, number: int, cluster: Cluster, job_ids: list[str], options: dict[str, Any]) -> None:
-    for job_id in job_ids:
-        append_job(
-            sweep_dir,
-            Job(
-                submission=number,
-                cluster=cluster,
-                job_id=job_id,
-                host=socket.gethostname(),
-                created=None if cluster == "slurm" else process_created(int(job_id)),
-                submitted_at=time.time(),
-                options=options,
-            ),
+@dataclass(frozen=True)
+class _Submitting:
+    """One submission while it is made. The sweep's submit lock is held."""
+
+    sweep: StoredSweep
+    target: Target
+    number: int
+    todo: tuple[str, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def record(self, job_ids: Sequence[str]) -> None:
+        """Add jobs to jobs.jsonl."""
+        slurm = self.target.scheduler == "slurm"
+        append_jobs(
+            self.sweep.path,
+            [
+                Job(
+                    submission=self.number,
+                    cluster=self.target.scheduler,
+                    job_id=job_id,
+                    host=socket.gethostname(),
+                    created=None if slurm else process_created(int(job_id)),
+                    submitted_at=time.time(),
+                    options={"name": self.target.name, "settings": dict(self.settings)},
+                )
+                for job_id in job_ids
+            ],
         )
 
+    def local(self) -> list[str]:
+        """Workers on this machine, as many as run at once."""
+        config = self.target.config
+        n_workers = min(config.concurrency, len(self.todo))
+        gpus = _local_gpus(config.gpus, n_workers)
+        worker = self._worker(self._group_file("all", self.todo), None, 60.0)
+        executor = submitit.LocalExecutor(jobs_folder(self.sweep.path, self.number))
+        job_ids = []
+        for mine in gpus:
+            executor.update_parameters(timeout_min=_LOCAL_LIMIT_MIN, gpus_per_node=len(mine), visible_gpus=mine)
+            with (
+                thread_environment(worker.threads),
+                _code_first(worker.root),
+                _signals_ignored(signal.SIGINT, signal.SIGHUP),
+            ):
+                job_id = executor.submit(worker).job_id
+            self.record([job_id])
+            job_ids.append(job_id)
+        return job_ids
 
-def _submit_local(sweep: StoredSweep, worker: Worker, n_runs: int, concurrency: int | None) -> list[str]:
-    n_workers = min(concurrency or sweep.spec.cluster.concurrency, n_runs)
-    gpus = _local_gpus(sweep.spec.cluster.gpus, n_workers)
-    options = {"concurrency": concurrency, "threads": worker.threads}
-    executor = submitit.LocalExecutor(jobs_folder(worker.sweep_dir, worker.submission))
-    job_ids = []
-    for mine in gpus:
-        executor.update_parameters(timeout_min=_LOCAL_LIMIT_MIN, gpus_per_node=len(mine), visible_gpus=mine)
-        with thread_environment(worker.threads), _signals_ignored(signal.SIGINT, signal.SIGHUP):
-            job_id = executor.submit(worker).job_id
-        _record(worker.sweep_dir, worker.submission, "local", [job_id], options)
-        job_ids.append(job_id)
-    return job_ids
+    def slurm(self) -> list[str]:
+        """Job arrays: one, or more where runs need different times or the cluster's arrays are short."""
+        config, folder = self.target.config, jobs_folder(self.sweep.path, self.number)
+        wanted = set(self.todo)
+        groups = group_runs([run for run in self.sweep.runs if run.run_id in wanted], config)
+        limit = max_array_size()
+        n_arrays = sum(math.ceil(group.n_tasks / limit) for group in groups)
+        parallel = max(1, config.array_parallelism // n_arrays)  # the cap holds for each array apart
+        try:
+            executor = submitit.SlurmExecutor(folder, max_num_timeout=_MAX_TIMEOUTS)
+        except RuntimeError:
+            raise UserError(
+                "--cluster slurm: no srun on PATH, so this is no SLURM machine; use --cluster local"
+            ) from None
+        job_ids: list[str] = []
+        for k, group in enumerate(groups):
+            lead = min(_SIGNAL_LEAD_S, group.minutes * 60 // 4)
+            worker = self._worker(self._group_file(f"group-{k}", group.run_ids), config.runs_per_task, lead * 0.75)
+            executor.update_parameters(**_slurm_parameters(self.sweep, self.target, worker, group, parallel, lead))
+            for start in range(0, group.n_tasks, limit):
+                ids = _sbatch(executor, worker, min(limit, group.n_tasks - start))
+                self.record(ids)
+                job_ids += ids
+        return job_ids
+
+    def _worker(self, group: Path, max_runs: int | None, grace_s: float) -> Worker:
+        config = self.target.config
+        root = freeze_code(self.sweep.path)
+        return Worker(self.sweep.path, self.number, config.threads, root, group, max_runs, config.runs_at_once, grace_s)
+
+    def _group_file(self, name: str, run_ids: Sequence[str]) -> Path:
+        # A file, not a part of the job: thousands of jobs would each carry thousands of names.
+        path = jobs_folder(self.sweep.path, self.number) / f"{name}.json"
+        write_json(path, {"run_ids": list(run_ids)})
+        return path
+
+
+@contextlib.contextmanager
+def _code_first(root: Path) -> Iterator[None]:
+    """Processes started inside import the packages from `root`, whatever their working directory holds."""
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [before["PYTHONPATH"]])])
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _local_gpus(per_run: int, n_workers: int) -> list[tuple[int, ...]]:
@@ -292,56 +384,43 @@ def _signals_ignored(*signals: signal.Signals) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _submit_slurm(sweep: StoredSweep, worker: Worker, n_runs: int, concurrency: int | None) -> list[str]:
-    cluster, per_task = sweep.spec.cluster, worker.max_runs or 1
-    n_tasks, limit = math.ceil(n_runs / per_task), max_array_size()
-    n_arrays = math.ceil(n_tasks / limit)
-    parallel = max(1, (concurrency or cluster.array_parallelism) // n_arrays)  # the cap holds for each array apart
-    options = {"concurrency": concurrency, "threads": worker.threads, "runs_per_task": per_task}
+def _sbatch(executor: submitit.SlurmExecutor, worker: Worker, n_tasks: int) -> list[str]:
     try:
-        executor = submitit.SlurmExecutor(
-            jobs_folder(worker.sweep_dir, worker.submission), max_num_timeout=_MAX_TIMEOUTS
-        )
-    except RuntimeError:
-        raise UserError("--cluster slurm: no srun on PATH, so this is no SLURM machine; use --cluster local") from None
-    executor.update_parameters(**_slurm_parameters(sweep, worker, parallel))
-    job_ids = []
-    for start in range(0, n_tasks, limit):
-        try:
-            with executor.batch():
-                jobs = [executor.submit(worker) for _ in range(min(limit, n_tasks - start))]
-        except (FailedJobError, FailedSubmissionError, OSError) as error:
-            lines = [line.strip() for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
-            raise UserError(
-                f"sbatch refused the job: {lines[-1]} (partition, account, time and memory: `cluster` block)"
-            ) from None
-        ids = [job.job_id for job in jobs]
-        _record(worker.sweep_dir, worker.submission, "slurm", ids, options)
-        job_ids += ids
-    return job_ids
+        with executor.batch():
+            jobs = [executor.submit(worker) for _ in range(n_tasks)]
+    except (FailedJobError, FailedSubmissionError, OSError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
+        raise UserError(
+            f"sbatch refused the job: {lines[-1]} (partition, account, time and memory: `cluster` block, or --set)"
+        ) from None
+    return [job.job_id for job in jobs]
 
 
-def _slurm_parameters(sweep: StoredSweep, worker: Worker, parallel: int) -> dict[str, Any]:
-    cluster = sweep.spec.cluster
-    minutes = cluster.time_minutes * (worker.max_runs or 1)
+def _slurm_parameters(
+    sweep: StoredSweep, target: Target, worker: Worker, group: Group, parallel: int, lead: int
+) -> dict[str, Any]:
+    config = target.config
     exports = [f"export {name}={worker.threads}" for name in THREAD_VARIABLES]
+    exports += [f'export PYTHONPATH={shlex.quote(str(worker.root))}"${{PYTHONPATH:+:$PYTHONPATH}}"']
+    exports += ["export PYTHONSAFEPATH=1"]  # the working directory may hold another checkout
+    cpus = max(config.cpus_per_run, worker.threads) * config.runs_at_once
     optional = {
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": cluster.constraint,
-        "gpus_per_node": cluster.gpus or None,
-        "mem": f"{cluster.memory_bytes >> 20}M" if cluster.memory_bytes else None,
+        "partition": config.partition,
+        "account": config.account,
+        "qos": config.qos,
+        "constraint": config.constraint,
+        "gpus_per_node": config.gpus or None,
+        "mem": f"{group.memory_bytes >> 20}M" if group.memory_bytes else None,
     }
     return {
         "job_name": f"dlcm-{sweep.name}",
-        "time": minutes,
-        "nodes": 1,
-        "ntasks_per_node": 1,
-        "cpus_per_task": max(cluster.cpus_per_run, worker.threads),
+        "time": group.minutes,
+        "nodes": config.nodes,
+        "ntasks_per_node": max(config.gpus, 1) if config.n_ranks > 1 else 1,
+        "cpus_per_task": cpus,
         "array_parallelism": parallel,
-        "signal_delay_s": min(_SIGNAL_LEAD_S, minutes * 60 // 4),
-        "setup": [*exports, *cluster.setup],
+        "signal_delay_s": lead,
+        "setup": [*exports, *config.setup],
         **{name: value for name, value in optional.items() if value is not None},
     }
 

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from dlcm.errors import UserError
+from sweeps.clusters import parse_settings
 from sweeps.control import Cancelled, follow, log_path, read_failure, retryable, tail, worker_logs
-from sweeps.jobs import Cluster, check_submit, read_jobs
-from sweeps.store import STATUSES, RunState, StoredRun, check_sweep_dir, load_sweep, sweep_states
+from sweeps.jobs import check_submit, read_jobs
+from sweeps.states import STATUSES, RunState, sweep_states
+from sweeps.store import StoredRun, check_sweep_dir, load_sweep
 from sweeps.watch import Snapshot, explain_incomplete, format_table, render, take_snapshot, watch
 
 if TYPE_CHECKING:
@@ -28,34 +30,43 @@ _PLAIN_EVERY_S = 10.0
 class Options:
     """How to submit."""
 
-    cluster: Cluster
-    concurrency: int | None
-    threads: int | None
-    runs_per_task: int
+    cluster: str
+    settings: dict[str, Any]
+    concurrency: int | None = None
+    threads: int | None = None
+    runs_per_task: int | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `launch` and `resubmit`."""
-        return {"concurrency": self.concurrency, "threads": self.threads, "runs_per_task": self.runs_per_task}
+        return {
+            "settings": self.settings,
+            "concurrency": self.concurrency,
+            "threads": self.threads,
+            "runs_per_task": self.runs_per_task,
+        }
 
 
 def check_options(
     cluster: str | None,
+    settings: Sequence[str],
     concurrency: int | None,
     threads: int | None,
-    runs_per_task: int,
+    runs_per_task: int | None,
     *,
     sweep_dir: Path | None = None,
 ) -> Options:
-    """The options of a submit; the cluster of the sweep's last submit where none is named.
+    """The options of a submit; where no cluster is named, that of the sweep's last submit, with its settings.
 
     Raises:
-        UserError: unknown cluster, or a number below 1.
+        UserError: unknown setting, or a number below 1.
     """
+    given = parse_settings(settings)
     if cluster is None:
         jobs = read_jobs(sweep_dir) if sweep_dir else []
-        cluster = jobs[-1].cluster if jobs else "local"
-    check_submit(cluster, concurrency, threads, runs_per_task)
-    return Options(cast(Cluster, cluster), concurrency, threads, runs_per_task)
+        cluster = str(jobs[-1].options.get("name", jobs[-1].cluster)) if jobs else "local"
+        given = {**(jobs[-1].options.get("settings", {}) if jobs else {}), **given}
+    check_submit(concurrency, threads, runs_per_task)
+    return Options(cluster, given, concurrency, threads, runs_per_task)
 
 
 def show_dry_run(planned: "Plan", sweep_dir: Path, *, as_json: bool) -> None:
@@ -211,7 +222,7 @@ def _foreground(out: Any) -> Iterator[dict[str, Callable[..., None]]]:
         with Progress(*columns, console=console) as bar:
 
             def on_run(run: StoredRun) -> None:
-                bar.add_task(run.run_id, total=run.config.n_steps, told="")
+                bar.add_task(run.run_id, total=run.n_steps, told="")
 
             def on_step(progress: "StepProgress") -> None:
                 task = bar.task_ids[-1]
@@ -222,7 +233,7 @@ def _foreground(out: Any) -> Iterator[dict[str, Callable[..., None]]]:
     last = [0.0]
 
     def say_run(run: StoredRun) -> None:
-        print(f"{run.run_id}: {run.config.n_steps} steps", file=out, flush=True)
+        print(f"{run.run_id}: {run.n_steps} steps", file=out, flush=True)
 
     def say_step(progress: "StepProgress") -> None:
         if progress.step == progress.n_steps or time.monotonic() - last[0] > _PLAIN_EVERY_S:

@@ -1,42 +1,37 @@
-"""The directory of a sweep: what is stored, and what its files say about each run.
+"""The directory of a sweep: what is stored. What its files say about each run is in `sweeps.states`.
 
-    runs/<sweep>/sweep.yaml      the sweep file, resolved
-                 plan.parquet    one row a run, its whole config included: later verbs need nothing else
-                 jobs.jsonl      one line a submitted job
-                 jobs/<n>/       the scheduler's files of submission n
-                 <run_id>/       the run (written by `train`), and beside it, written by the worker that holds it:
-                                 status.json (heartbeat), failure.json, cancelled.json, eval/, logs/
-
-The status of a run is derived from these files, the kernel's lock on the run, and the scheduler's word on the jobs;
-never from anything that was printed.
+runs/<sweep>/sweep.yaml      the sweep file, resolved
+             plan.parquet    one row a run, its whole config included: later verbs need nothing else
+             jobs.jsonl      one line a submitted job
+             jobs/<n>/       the scheduler's files of submission n
+             <run_id>/       the run (written by `train`), and beside it, written by the worker that holds it:
+                             status.json (heartbeat), failure.json, cancelled.json, eval/, logs/
 """
 
+import functools
 import json
 import math
-import socket
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from dlcm.config import SCHEMA_VERSION, RunConfig
 from dlcm.errors import UserError, nearest, parse
-from dlcm.record import is_locked, read_json, write_atomic
+from dlcm.record import read_json, write_atomic
 from dlcm.yaml_io import load_yaml
-from sweeps.jobs import JobState, job_states
 
 if TYPE_CHECKING:
     from sweeps.plan import Plan
     from sweeps.spec import Sweep
 
-Status = Literal["planned", "queued", "running", "finished", "failed", "diverged", "cancelled", "lost"]
-STATUSES: tuple[Status, ...] = ("planned", "queued", "running", "finished", "failed", "diverged", "cancelled", "lost")
-
 _RECORD_KEYS = {
-    "status.json": ("state", "phase", "pid", "host", "submission", "deaths", "step", "tokens_per_s", "loss_nats", "time"),
+    "status.json": (
+        "state", "phase", "pid", "host", "job_id", "submission", "deaths", "step", "tokens_per_s", "loss_nats",
+    ),
+    "memory.json": ("micro_batch_tokens", "note"),
     "env.json": ("git_commit", "git_dirty_hash"),
     "failure.json": ("stage", "message", "traceback", "submission"),
     "result.json": (
@@ -45,8 +40,7 @@ _RECORD_KEYS = {
     ),
 }  # fmt: skip
 
-CLAIM = ".claim"  # the worker's lock; `train` takes its own inside it
-STALE_S = 60.0  # a heartbeat comes every 2 s: after this long its writer is gone, or frozen
+CLAIM = ".claim"  # the worker's lease; `train` takes its own lock inside it
 
 
 @dataclass(frozen=True)
@@ -54,10 +48,29 @@ class StoredRun:
     """A planned run as the sweep directory holds it."""
 
     run_id: str
-    config: RunConfig
     path: Path
     row: Mapping[str, Any]
     in_plan: bool
+
+    @functools.cached_property
+    def config(self) -> RunConfig:
+        """Its config, read when it is first asked for: a look at ten thousand runs needs none.
+
+        Raises:
+            UserError: not one that this version reads.
+        """
+        where = f"{self.path.parent / 'plan.parquet'}: {self.run_id}"
+        return parse(RunConfig, json.loads(self.row["config"]), where)
+
+    @property
+    def n_steps(self) -> int:
+        """Optimizer steps."""
+        return int(self.row["n_steps"])
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens."""
+        return int(self.row["tokens"])
 
     @property
     def flops_planned(self) -> float:
@@ -94,35 +107,6 @@ class StoredSweep:
 
 
 @dataclass(frozen=True)
-class RunState:
-    """Status and progress of one run at one moment."""
-
-    run_id: str
-    status: Status
-    reason: str | None = None
-    phase: str | None = None  # prepare, train or evaluate, while it runs
-    step: int = 0
-    n_steps: int = 0
-    tokens_per_s: float | None = None
-    loss_nats: float | None = None
-    seconds_left: float | None = None
-    host: str | None = None
-    pid: int | None = None
-    missing_evaluations: tuple[str, ...] = ()
-    in_plan: bool = True
-
-    @property
-    def share_done(self) -> float:
-        """Share of the training steps that are done."""
-        return 1.0 if self.status in ("finished", "diverged") else self.step / max(self.n_steps, 1)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether nothing is left to do for this run: trained or diverged, and evaluated."""
-        return self.status in ("finished", "diverged") and not self.missing_evaluations
-
-
-@dataclass(frozen=True)
 class Saved:
     """What `save_sweep` did to a directory."""
 
@@ -144,6 +128,7 @@ def save_sweep(plan: "Plan", sweep_dir: Path) -> Saved:
     rows["config"] = [json.dumps(run.config.model_dump(mode="json"), sort_keys=True) for run in plan.runs]
     rows["design"] = [json.dumps(run.design, sort_keys=True, default=str) for run in plan.runs]
     rows["in_plan"] = True
+    rows["hours_estimated"], rows["memory_estimated"] = _estimates(plan)
     old = _read_plan(sweep_dir) if (sweep_dir / "plan.parquet").exists() else None
     known = set(old["run_id"]) if old is not None else set()
     planned = set(rows["run_id"])
@@ -154,6 +139,16 @@ def save_sweep(plan: "Plan", sweep_dir: Path) -> Saved:
     write_atomic(sweep_dir / "sweep.yaml", plan.sweep.to_yaml())
     write_atomic(sweep_dir / "plan.parquet", rows.to_parquet(index=False))
     return Saved(added=tuple(sorted(planned - known)), removed=tuple(sorted(known - planned)))
+
+
+def _estimates(plan: "Plan") -> tuple[list[float], list[float]]:
+    """Hours and bytes of each run on the sweep's device; not a number where the device is not known."""
+    from sweeps.costs import costed
+
+    found = costed(plan).runs
+    if not found:
+        return [math.nan] * len(plan), [math.nan] * len(plan)
+    return [run.hours for run in found], [run.memory.total for run in found]
 
 
 def check_sweep_dir(sweep_dir: Path) -> None:
@@ -184,8 +179,8 @@ def load_sweep(sweep_dir: Path) -> StoredSweep:
     spec = parse(Sweep, load_yaml(sweep_dir / "sweep.yaml"), str(sweep_dir / "sweep.yaml"))
     runs = []
     for row in frame.to_dict("records"):
-        config = parse(RunConfig, json.loads(row.pop("config")), f"{sweep_dir / 'plan.parquet'}: {row['run_id']}")
-        runs.append(StoredRun(row["run_id"], config, sweep_dir / row["run_id"], row, bool(row["in_plan"])))
+        row = {str(key): value for key, value in row.items()}
+        runs.append(StoredRun(row["run_id"], sweep_dir / row["run_id"], row, bool(row["in_plan"])))
     return StoredSweep(sweep_dir, spec, tuple(runs))
 
 
@@ -208,103 +203,6 @@ def find_sweep(name: str, runs_dir: Path) -> Path:
     if not names:
         raise UserError(f"{runs_dir / name}: no such sweep, nor any other here; start one with `dlcm sweep submit`")
     raise UserError(f"{runs_dir / name}: no such sweep{nearest(name, names)}")
-
-
-def sweep_states(sweep: StoredSweep, jobs: Mapping[str, JobState] | None = None) -> list[RunState]:
-    """Status and progress of every run, in plan order.
-
-    Args:
-        sweep: a loaded sweep.
-        jobs: what `sweeps.jobs.job_states` said of the sweep's jobs; asked anew where absent.
-    """
-    jobs = job_states(sweep.path) if jobs is None else jobs
-    alive = [job for job in jobs.values() if job.state != "gone"]
-    latest = max((job.submission for job in alive), default=0)
-    ever = bool(jobs)
-    return [run_state(run, sweep.spec.evaluate, latest, ever) for run in sweep.runs]
-
-
-def run_state(run: StoredRun, tasks: Sequence[str] = (), latest_alive: int = 0, submitted: bool = False) -> RunState:
-    """Derive the state of one run.
-
-    Args:
-        run: the run.
-        tasks: evaluation tasks of the sweep.
-        latest_alive: number of the latest submission that still has a job; 0 for none.
-        submitted: whether the sweep was ever submitted.
-
-    Raises:
-        UserError: a file of the run that cannot be read.
-    """
-    # The order matters: a run that ends between two reads must look running or ended, never lost.
-    beat = read_record(run.path / "status.json")
-    held = is_locked(run.path, CLAIM) or is_locked(run.path)
-    result = read_record(run.path / "result.json")
-    failure = read_record(run.path / "failure.json")
-    cancelled = (run.path / "cancelled.json").exists()
-    status, reason = _derive(beat, held, result, failure, cancelled, latest_alive, submitted)
-    missing = ()
-    if result and result["status"] == "finished":
-        missing = _missing_evaluations(run, tasks)
-        reason = reason if missing else result.get("reason")  # a failure that was mended is no news
-    beat = beat or {}
-    left = None
-    if status == "running" and beat.get("tokens_per_s"):
-        left = (run.config.n_steps - beat["step"]) * run.config.train.batch_tokens / beat["tokens_per_s"]
-    return RunState(
-        run_id=run.run_id,
-        status=status,
-        reason=reason,
-        phase=beat.get("phase") if status == "running" else None,
-        step=result["step"] if result else beat.get("step", 0),
-        n_steps=run.config.n_steps,
-        tokens_per_s=beat.get("tokens_per_s"),
-        loss_nats=result["loss_nats"] if result else beat.get("loss_nats"),
-        seconds_left=left,
-        host=beat.get("host"),
-        pid=beat.get("pid"),
-        missing_evaluations=missing,
-        in_plan=run.in_plan,
-    )
-
-
-def _derive(
-    beat: dict | None, held: bool, result: dict | None, failure: dict | None, cancelled: bool, latest: int, ever: bool
-) -> tuple[Status, str | None]:
-    was_running = beat is not None and beat["state"] == "running"
-    age = time.time() - beat["time"] if beat else math.inf
-    # Locks may not reach across machines (local file systems, some mounts): there the heartbeat speaks.
-    elsewhere = beat is not None and was_running and beat["host"] != socket.gethostname() and age < STALE_S
-    if held or elsewhere:
-        if cancelled:
-            return "running", "cancelling: stops at its next step"
-        silent = was_running and age > STALE_S
-        return "running", f"no heartbeat for {age:.0f} s: stopped, or its machine is overloaded" if silent else None
-    if result is not None:
-        failed = failure is not None and failure["stage"] == "evaluate"
-        reason = f"evaluation failed: {failure['message']}" if failed and failure else result.get("reason")
-        return ("diverged" if result["status"] == "diverged" else "finished"), reason
-    if cancelled:
-        return "cancelled", None
-    if failure is not None:
-        return ("queued", None) if latest > failure["submission"] else ("failed", failure["message"])
-    if beat is not None and was_running:
-        next_step = "a live worker may take it up" if latest else "submit again to resume it"
-        return "lost", f"process {beat['pid']} on {beat['host']} died at step {beat['step']}; {next_step}"
-    if latest:
-        return "queued", None
-    if beat is not None:
-        why = beat.get("reason") or "no reason given"
-        return "lost", f"its worker stopped at step {beat['step']} ({why}); submit again to resume it"
-    return "planned", "no worker is left; submit again" if ever else None
-
-
-def _missing_evaluations(run: StoredRun, tasks: Sequence[str]) -> tuple[str, ...]:
-    if not tasks:
-        return ()
-    from dlcm.tasks import task_name
-
-    return tuple(task for task in tasks if not (run.path / "eval" / f"{task_name(task)}.json").exists())
 
 
 def _read_plan(sweep_dir: Path) -> pd.DataFrame:

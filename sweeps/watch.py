@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from sweeps.jobs import JobState, job_states
-from sweeps.store import STATUSES, RunState, StoredSweep, load_sweep, sweep_states
+from sweeps.states import STATUSES, RunState, sweep_states
+from sweeps.store import StoredSweep, load_sweep
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -67,7 +68,7 @@ class Snapshot:
         total = sum(run.flops_planned for run, _ in pairs)
         done = sum(run.flops_planned * state.share_done for run, state in pairs)
         running = [(run, state) for run, state in pairs if state.status == "running" and state.tokens_per_s]
-        rate = sum(run.flops_planned / run.config.tokens * (state.tokens_per_s or 0) for run, state in running)
+        rate = sum(run.flops_planned / run.tokens * (state.tokens_per_s or 0) for run, state in running)
         open_ = [(run, s) for run, s in pairs if s.status in ("planned", "queued", "running", "lost")]
         share_done, left = done / total if total else 1.0, None
         if self.pace and open_:

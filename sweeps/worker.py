@@ -1,35 +1,38 @@
 """A worker: takes the longest run that nobody holds, trains and evaluates it, and goes on until none is left.
 
-The same function serves one process, a pool on this machine and the tasks of a SLURM array. Workers never talk to each
-other: the kernel's lock on the run is the claim, so the run of a killed worker is free at once.
+The same function serves one process, a pool on this machine and the tasks of a SLURM array (`sweeps.supervisor` starts it there,
+as `python -m sweeps.worker`). Workers never talk to each other: the lease of the run is the claim, so the run of a killed
+worker is free at once on its machine, and after a minute elsewhere.
 """
 
 import contextlib
+import gc
+import json
 import math
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dlcm.config import SCHEMA_VERSION
 from dlcm.errors import UserError
-from dlcm.record import RunBusyError, is_locked, run_lock, write_json
-from sweeps.store import CLAIM, STALE_S, StoredRun, StoredSweep, load_sweep, read_record, run_state
+from dlcm.record import RunBusyError, is_locked, read_json, write_json
+from sweeps.code import check_code
+from sweeps.heartbeat import BEAT_S, MAX_DEATHS, MAX_STARTS, REFUSED, STOPPED, Heartbeat, lower_memory
+from sweeps.lease import LEASE_S, Lease, LeaseLostError, beats_elsewhere, lease
+from sweeps.states import run_state
+from sweeps.store import CLAIM, StoredRun, StoredSweep, load_sweep, read_record
 
 if TYPE_CHECKING:
     from dlcm.train import Progress
 
-BEAT_S = 2.0
-# A run that takes its worker with it (out of memory, a crash in native code) must not take all of them.
-MAX_DEATHS = 2
-PACKAGES = ("dlcm", "flops", "sweeps", "analysis")
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -42,6 +45,8 @@ THREAD_VARIABLES = (
 class CancelledError(Exception):
     """The run was cancelled by the user."""
 
+    reason = "cancelled"
+
 
 @dataclass
 class WorkerReport:
@@ -50,29 +55,12 @@ class WorkerReport:
     finished: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
+    stopped: list[str] = field(default_factory=list)
 
     @property
     def n_taken(self) -> int:
         """Runs that this worker worked on."""
-        return len(self.finished) + len(self.failed) + len(self.cancelled)
-
-
-def packages_root() -> Path:
-    """The one directory that holds all four packages.
-
-    Raises:
-        UserError: they come from different places: another distribution, or a half-made checkout, is in the way.
-    """
-    import importlib
-
-    roots = {}
-    for name in PACKAGES:
-        file = importlib.import_module(name).__file__
-        roots[name] = Path(file).resolve().parent.parent if file else None
-    if len(set(roots.values())) != 1 or (root := roots["sweeps"]) is None:
-        found = ", ".join(f"{name} from {place}" for name, place in roots.items())
-        raise UserError(f"the packages do not come from one place ({found}); use an environment of this project alone")
-    return root
+        return sum(len(runs) for runs in asdict(self).values())
 
 
 def work(
@@ -85,7 +73,7 @@ def work(
     root: Path | None = None,
     capture: bool = True,
     job_id: str | None = None,
-    fatal: tuple[type[Exception], ...] = (),
+    stop: Callable[[], bool] = lambda: False,
     on_run: Callable[[StoredRun], None] | None = None,
     on_step: Callable[["Progress"], None] | None = None,
 ) -> WorkerReport:
@@ -97,66 +85,68 @@ def work(
         threads: CPU threads of torch; unchanged where absent.
         max_runs: leave after this many runs.
         only: take no other runs than these.
-        root: where the submitter had the packages; a worker with another code refuses to run.
+        root: the code of the submitter; a worker with another refuses to work.
         capture: send what the run prints, native code included, to `<run_id>/logs/worker.log`.
         job_id: the scheduler's id of this worker.
-        fatal: exceptions that end the worker instead of failing its run: the scheduler's own.
+        stop: asked after each step: whether to save a checkpoint and leave.
         on_run: called as a run is taken.
         on_step: called with each `Progress` of the training.
 
     Raises:
-        UserError: the packages are not those of the submitter, or the directory is not a sweep.
+        UserError: the code is not that of the submitter, or the directory is not a sweep.
     """
-    here = packages_root()
-    if root is not None and here != root.resolve():
-        raise UserError(
-            f"this worker imports the packages from {here}, the submitter from {root}; share one installation"
-        )
+    if root is not None:
+        check_code(root)
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
     job_id = job_id or str(os.getpid())
     report, tried = WorkerReport(), set()
-    while max_runs is None or report.n_taken < max_runs:
+    while (max_runs is None or report.n_taken < max_runs) and not stop():
         # Read anew each time: a later submission may have added runs, or changed what is evaluated.
         sweep = load_sweep(sweep_dir)
         if only is not None:
-            sweep = replace(sweep, runs=tuple(run for run in sweep.runs if run.run_id in only))
-        with _claim_next(sweep, submission, tried) as run:
-            if run is None:
+            chosen = frozenset(only)
+            sweep = replace(sweep, runs=tuple(run for run in sweep.runs if run.run_id in chosen))
+        with _claim_next(sweep, submission, tried, stop) as claim:
+            if claim is None:
                 return report
+            run, held = claim
             tried.add(run.run_id)
             if on_run is not None:
                 on_run(run)
             with _captured(run.path / "logs" / "worker.log") if capture else contextlib.nullcontext():
-                _work_on(run, sweep, Heartbeat(run, submission, job_id), on_step, report, fatal)
+                _Task(run, sweep, held, Heartbeat(run, submission, job_id, held), report, stop, on_step).do()
     return report
 
 
 @contextlib.contextmanager
-def _claim_next(sweep: StoredSweep, submission: int, tried: set[str]) -> Iterator[StoredRun | None]:
+def _claim_next(
+    sweep: StoredSweep, submission: int, tried: set[str], stop: Callable[[], bool]
+) -> Iterator[tuple[StoredRun, Lease] | None]:
     """Hold the longest open run; none where no run is open to this worker."""
-    # A run whose worker was just lost on another machine looks alive until its heartbeat is stale: that long we stay.
-    leave_at = time.monotonic() + STALE_S + 2 * BEAT_S
+    # A run whose worker was just lost on another machine looks held until its lease has run out: that long we stay.
+    leave_at = time.monotonic() + LEASE_S + 2 * BEAT_S
+    runs = sorted(sweep.runs, key=lambda r: -r.flops_planned)
     while True:
         doubtful = False
-        for run in sorted(sweep.runs, key=lambda r: -r.flops_planned):
+        for run in runs:
             if run.run_id in tried or not _is_open(run, sweep, submission):
                 continue
-            if _beats_elsewhere(run):
+            if beats_elsewhere(run.path, CLAIM):
                 doubtful = True
                 continue
             with contextlib.ExitStack() as stack:
                 try:
-                    stack.enter_context(run_lock(run.path, CLAIM))
+                    held = stack.enter_context(lease(run.path, CLAIM, {"submission": submission}))
                 except RunBusyError:
                     continue
                 # Between the look and the claim another worker may have ended the run.
                 if _is_open(run, sweep, submission, mine=True):
-                    yield run
+                    yield run, held
                     return
-        if not doubtful or time.monotonic() > leave_at:
+        if not doubtful or time.monotonic() > leave_at or stop():
             yield None
             return
         time.sleep(BEAT_S)
@@ -171,143 +161,117 @@ def _is_open(run: StoredRun, sweep: StoredSweep, submission: int, mine: bool = F
     failure, beat = (read_record(run.path / name) for name in ("failure.json", "status.json"))
     if failure is not None and failure["submission"] >= submission:
         return False
-    if beat is not None and beat["submission"] >= submission and beat["state"] == "running":
-        n_deaths = beat["deaths"] + 1  # nobody holds the run, so the last try died as well
-        if n_deaths >= MAX_DEATHS:
-            return False
+    tried = beat is not None and beat["submission"] >= submission
+    if beat is not None and tried and (beat["deaths"] >= MAX_DEATHS or beat.get("starts", 1) >= MAX_STARTS):
+        return False
     result = read_record(run.path / "result.json")
     if result is None:
         return True
     return result["status"] == "finished" and bool(run_state(run, sweep.spec.evaluate).missing_evaluations)
 
 
-def _beats_elsewhere(run: StoredRun) -> bool:
-    beat = read_record(run.path / "status.json")
-    if beat is None or beat["state"] != "running" or beat["host"] == socket.gethostname():
-        return False
-    return time.time() - beat["time"] < STALE_S
+@dataclass(frozen=True)
+class _Task:
+    """The work on one run that is held."""
 
+    run: StoredRun
+    sweep: StoredSweep
+    lease: Lease
+    beat: Heartbeat
+    report: WorkerReport
+    stop: Callable[[], bool]
+    on_step: Callable[["Progress"], None] | None
 
-class Heartbeat:
-    """Writes status.json every two seconds from a thread of its own, so that a long step is not taken for a death."""
+    def do(self) -> None:
+        """Train and evaluate; a fault is recorded in the run's files."""
+        from dlcm.train import StopTraining
 
-    def __init__(self, run: StoredRun, submission: int, job_id: str) -> None:
-        self._path = run.path / "status.json"
-        now = time.time()
-        before = read_record(self._path)
-        died = before is not None and before["state"] == "running" and before["submission"] == submission
-        self._facts: dict[str, Any] = {
-            "schema": SCHEMA_VERSION,
-            "run_id": run.run_id,
-            "state": "running",
-            "phase": "prepare",
-            "reason": None,
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "job_id": job_id,
-            "submission": submission,
-            "deaths": (before["deaths"] + 1) if before is not None and died else 0,
-            "step": before["step"] if before else 0,
-            "n_steps": run.config.n_steps,
-            "tokens_per_s": None,
-            "loss_nats": None,
-            "started_at": now,
-            "progress_at": now,
-            "time": now,
-        }
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        run_id, stage = self.run.run_id, "train"
+        # A run that someone trains outside the sweep is busy, and one that was taken over is another's: neither has failed.
+        with contextlib.suppress(CancelledError, RunBusyError, LeaseLostError, StopTraining), self.beat:
+            # Removed only now, so that the run never looks as if nobody had tried it.
+            (self.run.path / "failure.json").unlink(missing_ok=True)
+            try:
+                result = self._train()
+                stage = "evaluate"
+                if result.status == "finished":
+                    self._evaluate()
+                self.report.finished.append(run_id)
+            except CancelledError:
+                self.report.cancelled.append(run_id)
+                raise
+            except StopTraining:
+                self.report.stopped.append(run_id)
+                raise
+            except (RunBusyError, LeaseLostError):
+                raise
+            except Exception as error:
+                self.lease.check()
+                self.report.failed.append(run_id)
+                _record_failure(self.run, stage, self.beat.submission, error)
 
-    @property
-    def submission(self) -> int:
-        """Number of the submission that the worker belongs to."""
-        return self._facts["submission"]
+    def _train(self) -> Any:
+        """Train, a second time with half the micro-batch where memory did not suffice."""
+        from dlcm.memory_fault import is_out_of_memory
+        from dlcm.train import train
 
-    def update(self, **facts: Any) -> None:
-        """Take over progress; it is written with the next beat."""
-        self._facts = {**self._facts, **facts, "progress_at": time.time()}
+        def once() -> Any:
+            micro = (read_record(self.run.path / "memory.json") or {}).get("micro_batch_tokens")
+            return train(
+                self.run.config, self.run.path, on_step=self._follow, guard=self.lease.check, micro_batch_tokens=micro
+            )
 
-    def _beat(self) -> None:
-        while not self._stop.wait(BEAT_S):
-            with contextlib.suppress(OSError):  # a full disk must not end the run; a silent heartbeat is seen
-                self._write()
-
-    def _write(self) -> None:
-        write_json(self._path, {**self._facts, "time": time.time()})
-
-    def __enter__(self) -> "Heartbeat":
-        self._write()
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-        # submitit leaves by SystemExit on a time-out or a preemption, after putting the job back into the queue.
-        reason = "time-out or preemption" if kind is SystemExit else kind.__name__ if kind else None
-        self._facts |= {"state": "stopped", "reason": reason}
-        self._write()
-
-
-def _work_on(
-    run: StoredRun,
-    sweep: StoredSweep,
-    heartbeat: Heartbeat,
-    on_step: Callable[["Progress"], None] | None,
-    report: WorkerReport,
-    fatal: tuple[type[Exception], ...],
-) -> None:
-    from dlcm.train import train
-
-    def follow(progress: "Progress") -> None:
-        loss = progress.loss_nats if math.isfinite(progress.loss_nats) else None
-        heartbeat.update(phase="train", step=progress.step, tokens_per_s=progress.tokens_per_s, loss_nats=loss)
-        if on_step is not None:
-            on_step(progress)
-        _stop_if_cancelled(run)
-
-    stage = "train"
-    # A run that someone trains outside the sweep is busy, not failed.
-    with contextlib.suppress(CancelledError, RunBusyError), heartbeat:
-        # Removed only now, so that the run never looks as if nobody had tried it.
-        (run.path / "failure.json").unlink(missing_ok=True)
         try:
-            result = train(run.config, run.path, on_step=follow)
-            stage = "evaluate"
-            if result.status == "finished":
-                _evaluate(run, sweep, heartbeat)
-            report.finished.append(run.run_id)
-        except CancelledError:
-            report.cancelled.append(run.run_id)
-            raise
-        except (RunBusyError, *fatal):
-            raise
+            return once()
         except Exception as error:
-            report.failed.append(run.run_id)
-            _record_failure(run, stage, heartbeat.submission, error)
+            note = lower_memory(self.run, _last_line(error)) if is_out_of_memory(error) else None
+            if note is None:
+                raise
+            self.beat.update(note=note)
+            print(note, file=sys.stderr, flush=True)
+        # The traceback holds the tensors of the failed try: only outside of its handler are they free.
+        gc.collect()
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return once()
+
+    def _follow(self, progress: "Progress") -> None:
+        loss = progress.loss_nats if math.isfinite(progress.loss_nats) else None
+        self.beat.update(phase="train", step=progress.step, tokens_per_s=progress.tokens_per_s, loss_nats=loss)
+        if self.on_step is not None:
+            self.on_step(progress)
+        self._may_go_on()
+
+    def _may_go_on(self) -> None:
+        from dlcm.train import StopTraining
+
+        if (self.run.path / "cancelled.json").exists():
+            raise CancelledError
+        if self.stop():
+            error = StopTraining("told to stop: time-out, preemption or shutdown")
+            error.reason = "time-out, preemption or shutdown"  # what status.json will say
+            raise error
+
+    def _evaluate(self) -> None:
+        missing = run_state(self.run, self.sweep.spec.evaluate).missing_evaluations
+        if missing:
+            from dlcm.evaluate import evaluate
+
+            self.beat.update(phase="evaluate")
+            # One call for all tasks loads the model once.
+            evaluate(self.run.path, missing, progress=lambda *_: self._may_go_on())
 
 
-def _stop_if_cancelled(run: StoredRun) -> None:
-    if (run.path / "cancelled.json").exists():
-        raise CancelledError
-
-
-def _evaluate(run: StoredRun, sweep: StoredSweep, beat: Heartbeat) -> None:
-    missing = run_state(run, sweep.spec.evaluate).missing_evaluations
-    if missing:
-        from dlcm.evaluate import evaluate
-
-        beat.update(phase="evaluate")
-        # One call for all tasks loads the model once.
-        evaluate(run.path, missing, progress=lambda *_: _stop_if_cancelled(run))
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
 
 
 def _record_failure(run: StoredRun, stage: str, submission: int, error: Exception) -> None:
     trace = "".join(traceback.format_exception(error))
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    message = lines[-1].strip() if lines else type(error).__name__
+    message = _last_line(error)
     print(trace, file=sys.stderr, flush=True)
     failure = {
         "schema": SCHEMA_VERSION,
@@ -357,3 +321,47 @@ def thread_environment(threads: int) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`python -m sweeps.worker PAYLOAD PIPE PARENT`: a worker under a supervisor; tells it about runs through a pipe."""
+    payload, pipe, parent = json.loads(arguments[0]), int(arguments[1]), int(arguments[2])
+    stopping = threading.Event()
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopping.set())
+    _die_with(parent)
+
+    def tell(**facts: Any) -> None:
+        with contextlib.suppress(OSError):
+            os.write(pipe, (json.dumps(facts) + "\n").encode())
+
+    try:
+        group = payload.pop("only")
+        report = work(
+            Path(payload.pop("sweep_dir")),
+            only=None if group is None else read_json(Path(group))["run_ids"],
+            root=Path(payload.pop("root")),
+            stop=stopping.is_set,
+            on_run=lambda run: tell(run_id=run.run_id),
+            **payload,
+        )
+    except UserError as error:
+        tell(error=str(error))
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    tell(report=asdict(report))
+    return STOPPED if stopping.is_set() else 0
+
+
+def _die_with(parent: int) -> None:
+    """Ask the kernel to end this process with its parent (Linux; elsewhere the lease runs out)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it has died in the meantime
+        sys.exit(STOPPED)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

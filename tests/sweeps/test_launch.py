@@ -14,9 +14,10 @@ from dlcm.errors import UserError
 from dlcm.record import read_json, read_metrics, run_lock
 from sweeps.collect import collect
 from sweeps.control import cancel, retryable
-from sweeps.jobs import append_job, job_states, read_jobs
+from sweeps.jobs import job_states, read_jobs
 from sweeps.launch import Worker, launch, resubmit, worker_faults
-from sweeps.store import load_sweep, save_sweep, sweep_states
+from sweeps.states import sweep_states
+from sweeps.store import load_sweep, save_sweep
 from sweeps.watch import take_snapshot, watch
 from tests.sweeps.tiny import FakeTrain, fail, finish, make_plan
 
@@ -207,9 +208,9 @@ def test_a_process_id_that_came_back_is_not_taken_for_the_job(tmp_path):
 
     created = process_created(os.getpid())
     job = Job(1, "local", str(os.getpid()), os.uname().nodename, created, time.time())
-    append_job(tmp_path, job)
+    append_jobs(tmp_path, [job])
     assert job_states(tmp_path)[f"1:{os.getpid()}"].state == "running"
-    append_job(tmp_path, Job(2, "local", str(os.getpid()), os.uname().nodename, created - 100.0, time.time()))
+    append_jobs(tmp_path, [Job(2, "local", str(os.getpid()), os.uname().nodename, created - 100.0, time.time())])
     assert job_states(tmp_path)[f"2:{os.getpid()}"].state == "gone"
 
 

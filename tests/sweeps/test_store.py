@@ -1,13 +1,22 @@
+import importlib
 import shutil
 import socket
+import time
 
 import pytest
 
 from dlcm.errors import UserError
 from dlcm.record import run_lock, write_json
 from sweeps.jobs import JobState
-from sweeps.store import CLAIM, find_sweep, load_sweep, run_state, save_sweep, sweep_states
+from sweeps.lease import LEASE_S
+from sweeps.states import SILENT_S, Evidence, run_state, sweep_states
+from sweeps.store import CLAIM, find_sweep, load_sweep, save_sweep
 from tests.sweeps.tiny import beat, fail, finish, make_plan
+
+
+def with_job(submission, state="running", job_id="1"):
+    """Evidence of one job."""
+    return Evidence({"job": JobState(job_id, submission, "slurm", state)})
 
 
 @pytest.fixture
@@ -97,7 +106,7 @@ def test_a_run_whose_process_died_is_lost_with_the_reason(run):
 
 def test_a_run_whose_worker_was_stopped_waits_for_its_job_and_is_lost_without_one(run):
     beat(run, state="stopped")
-    assert run_state(run, latest_alive=1).status == "queued"
+    assert run_state(run, evidence=with_job(1)).status == "queued"
     assert run_state(run).status == "lost"
 
 
@@ -128,8 +137,8 @@ def test_results_failures_and_cancellations_are_what_their_files_say(sweep):
 
 def test_a_failed_run_is_queued_once_a_later_submission_has_a_job(run):
     fail(run, submission=2)
-    assert run_state(run, latest_alive=2).status == "failed"
-    assert run_state(run, latest_alive=3).status == "queued"
+    assert run_state(run, evidence=with_job(2)).status == "failed"
+    assert run_state(run, evidence=with_job(3)).status == "queued"
 
 
 def test_a_finished_run_is_complete_only_when_it_is_evaluated(run):
@@ -149,3 +158,43 @@ def test_a_torn_record_is_refused_by_name(run):
     (run.path / "result.json").write_text('{"schema": 1,')
     with pytest.raises(UserError, match="result.json: not readable as JSON"):
         run_state(run)
+
+
+def test_a_silent_run_of_another_machine_is_lost_as_soon_as_its_job_is_gone_and_held_while_its_job_runs(run):
+    beat(run, host="elsewhere", age_s=SILENT_S + 5, job_id="7_1")
+    assert run_state(run, evidence=with_job(1, "running", "7_1")).status == "running"
+    assert "no heartbeat for" in str(run_state(run, evidence=with_job(1, "running", "7_1")).reason)
+    assert (
+        run_state(run, evidence=with_job(1, "unknown", "7_1")).status == "running"
+    )  # SLURM does not answer: wait a minute
+    assert run_state(run, evidence=with_job(1, "gone", "7_1")).status == "lost"
+    beat(run, host="elsewhere", age_s=LEASE_S + 5, job_id="7_1")
+    assert run_state(run, evidence=with_job(1, "unknown", "7_1")).status == "lost"
+    assert run_state(run, evidence=with_job(1, "running", "7_1")).status == "running"
+
+
+def test_a_fresh_heartbeat_is_trusted_whatever_the_scheduler_says(run):
+    beat(run, host="elsewhere", job_id="7_1")
+    assert run_state(run, evidence=with_job(1, "gone", "7_1")).status == "running"
+
+
+def test_accounting_adds_its_word_to_a_lost_run_and_silence_adds_nothing(tmp_path, run, monkeypatch):
+    beat(run, host="elsewhere", age_s=LEASE_S + 5, job_id="7_1")
+    sweep, jobs = load_sweep(run.path.parent), {"1:7_1": JobState("7_1", 1, "slurm", "gone")}
+    (tmp_path / "bin").mkdir()
+    sacct = tmp_path / "bin" / "sacct"
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    for script, words in (
+        ("echo '7_1|NODE_FAIL'", "(SLURM: NODE_FAIL)"),
+        ("echo 'Slurm accounting storage is disabled' >&2; exit 1", "died at step"),
+    ):
+        sacct.write_text(f"#!/bin/sh\n{script}\n")
+        sacct.chmod(0o755)
+        state = next(s for s in sweep_states(sweep, jobs) if s.run_id == run.run_id)
+        assert state.status == "lost"
+        assert words in str(state.reason)
+    monkeypatch.setattr(importlib.import_module("sweeps.jobs"), "_SACCT_TIMEOUT_S", 0.2)
+    sacct.write_text("#!/bin/sh\nexec sleep 30\n")
+    start = time.monotonic()
+    assert next(s for s in sweep_states(sweep, jobs) if s.run_id == run.run_id).status == "lost"
+    assert time.monotonic() - start < 10  # bounded, not timed: the script would sleep for thirty

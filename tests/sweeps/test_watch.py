@@ -5,7 +5,8 @@ import pytest
 
 from dlcm.record import run_lock
 from sweeps.jobs import JobState
-from sweeps.store import CLAIM, load_sweep, run_state, save_sweep
+from sweeps.states import run_state
+from sweeps.store import CLAIM, load_sweep, save_sweep
 from sweeps.watch import explain_incomplete, format_duration, format_table, render, take_snapshot, watch
 from tests.sweeps.tiny import beat, fail, finish, make_plan
 

@@ -4,12 +4,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+import sweeps.heartbeat as heartbeat_module
 import sweeps.worker as worker_module
 from dlcm.errors import UserError
 from dlcm.record import read_json, run_lock, write_json
-from sweeps.store import CLAIM, load_sweep, run_state, save_sweep, sweep_states
-from sweeps.worker import MAX_DEATHS, packages_root, thread_environment, work
+from sweeps.code import packages_root
+from sweeps.heartbeat import MAX_DEATHS, MAX_STARTS
+from sweeps.states import run_state, sweep_states
+from sweeps.store import CLAIM, load_sweep, save_sweep
+from sweeps.worker import thread_environment, work
 from tests.sweeps.tiny import FakeTrain, beat, finish, make_plan
 
 
@@ -144,21 +149,22 @@ def test_a_worker_leaves_after_its_share_of_runs_and_takes_only_those_it_may(fol
 def test_a_run_that_kills_its_workers_is_left_alone_until_the_next_submission(folder, monkeypatch):
     run = load_sweep(folder).runs[0]
     fake = FakeTrain().install(monkeypatch)
-    beat(run, submission=3, deaths=MAX_DEATHS - 1)
-    start(folder, submission=3)
-    assert run.run_id not in fake.calls
+    for more in ({"deaths": MAX_DEATHS, "state": "died"}, {"starts": MAX_STARTS}):
+        beat(run, submission=3, **more)
+        start(folder, submission=3)
+        assert run.run_id not in fake.calls
     start(folder, submission=4)
     assert run.run_id in fake.calls
     assert read_json(run.path / "status.json")["deaths"] == 0
 
 
-def test_the_run_of_a_dead_worker_is_free_at_once_and_its_death_is_counted(folder, monkeypatch):
+def test_the_run_of_a_dead_worker_is_free_at_once_and_its_start_is_counted(folder, monkeypatch):
     run = load_sweep(folder).runs[0]
     FakeTrain().install(monkeypatch)
     beat(run, submission=3)
     start(folder, submission=3)
     assert run_state(run).status == "finished"
-    assert read_json(run.path / "status.json")["deaths"] == 1
+    assert read_json(run.path / "status.json")["starts"] == 2
 
 
 def test_a_held_run_is_passed_over(folder, monkeypatch):
@@ -170,7 +176,7 @@ def test_a_held_run_is_passed_over(folder, monkeypatch):
 
 
 def test_the_heart_beats_while_a_step_lasts(folder, monkeypatch):
-    monkeypatch.setattr(worker_module, "BEAT_S", 0.02)
+    monkeypatch.setattr(heartbeat_module, "BEAT_S", 0.02)
     seen = []
 
     def slow(config):
@@ -184,30 +190,73 @@ def test_the_heart_beats_while_a_step_lasts(folder, monkeypatch):
     assert len(set(seen)) == 5
 
 
-def test_an_interrupted_worker_says_that_it_stopped(folder, monkeypatch):
-    def interrupt(config):
-        raise SystemExit(-1)
+def test_a_worker_that_is_told_to_stop_leaves_the_run_for_later_and_says_so(folder, monkeypatch):
+    steps = []
 
-    FakeTrain(interrupt).install(monkeypatch)
-    with pytest.raises(SystemExit):
-        start(folder)
+    def follow(progress):
+        steps.append(progress.step)
+
+    FakeTrain().install(monkeypatch)
+    report = start(folder, on_step=follow, stop=lambda: len(steps) >= 3)
     run = load_sweep(folder).runs[0]
     record = read_json(run.path / "status.json")
-    assert (record["state"], record["reason"]) == ("stopped", "time-out or preemption")
+    assert (record["state"], record["reason"]) == ("stopped", "time-out, preemption or shutdown")
+    assert report.stopped == [run.run_id]
+    assert len(steps) == 3
     assert run_state(run).status == "lost"
+    assert start(folder).finished  # nothing stands in the way of the next worker
 
 
-def test_an_error_of_the_scheduler_ends_the_worker_and_fails_no_run(folder, monkeypatch):
-    class RequeueError(Exception):
-        pass
+def test_out_of_memory_halves_the_micro_batch_once_and_says_so(folder, monkeypatch):
+    seen = []
 
-    def refuse(config):
-        raise RequeueError
+    class Short(FakeTrain):
+        def __call__(self, config, run_dir, *, micro_batch_tokens=None, **more):
+            seen.append(micro_batch_tokens)
+            if micro_batch_tokens is None:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return super().__call__(config, run_dir, micro_batch_tokens=micro_batch_tokens, **more)
 
-    FakeTrain(refuse).install(monkeypatch)
-    with pytest.raises(RequeueError):
-        start(folder, fatal=(RequeueError,))
-    assert not list(folder.glob("*/failure.json"))
+    Short().install(monkeypatch)
+    start(folder, max_runs=1)
+    (state, *_) = sweep_states(load_sweep(folder), {})
+    assert seen == [None, 64]
+    assert state.status == "finished"
+    assert state.note == "out of memory with micro-batches of 128 tokens; goes on with 64 (same global batch)"
+
+
+def test_out_of_memory_a_second_time_is_a_failure(folder, monkeypatch):
+    def short(config):
+        raise MemoryError("no memory at all")
+
+    fake = FakeTrain(short).install(monkeypatch)
+    start(folder, max_runs=1)
+    (state, *_) = sweep_states(load_sweep(folder), {})
+    assert len(fake.calls) == 2
+    assert (state.status, state.reason) == ("failed", "MemoryError: no memory at all")
+
+
+def test_a_worker_whose_run_was_taken_over_leaves_it_untouched(folder, monkeypatch):
+    run = load_sweep(folder).runs[0]
+
+    def taken_over(config):
+        # What another machine does after this one was silent for too long.
+        place = run.path / f"{CLAIM}.d"
+        (place / "00000002.lease").write_text('{"host": "elsewhere"}')
+        write_json(run.path / "status.json", {**read_json(run.path / "status.json"), "host": "elsewhere"})
+
+    class Careful(FakeTrain):
+        def __call__(self, config, run_dir, *, guard, **more):
+            taken_over(config)
+            guard()
+            raise AssertionError("it went on")
+
+    Careful().install(monkeypatch)
+    report = start(folder, max_runs=None, only=[run.run_id])
+    assert report.n_taken == 0
+    assert read_json(run.path / "status.json")["host"] == "elsewhere"
+    assert not (run.path / "failure.json").exists()
+    assert not (run.path / "result.json").exists()
 
 
 def test_each_missing_evaluation_is_made_and_a_failing_one_keeps_the_result(tmp_path, monkeypatch):
@@ -254,7 +303,7 @@ def test_what_a_run_prints_lands_in_its_log_native_code_included(folder, monkeyp
 
 
 def test_a_worker_with_another_installation_refuses_to_run(folder, tmp_path):
-    with pytest.raises(UserError, match="share one install"):
+    with pytest.raises(UserError, match="the sweep was submitted with"):
         start(folder, root=tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import random
 import time
 from pathlib import Path
@@ -64,7 +65,7 @@ class FakeTrain:
     def __init__(self, behave=None):
         self.behave, self.calls = behave, []
 
-    def __call__(self, config, run_dir, *, on_step=None):
+    def __call__(self, config, run_dir, *, on_step=None, guard=lambda: None, micro_batch_tokens=None):
         with run_lock(run_dir):
             self.calls.append(config.run_id)
             (run_dir / "metrics.jsonl").unlink(missing_ok=True)
@@ -112,7 +113,7 @@ def finish(run, status="finished", **more):
     write_json(run.path / "result.json", result_json(run.config, status, **more))
 
 
-def beat(run, *, state="running", submission=1, deaths=0, host=None, age_s=0.0, step=3):
+def beat(run, *, state="running", submission=1, deaths=0, starts=1, host=None, job_id="1", age_s=0.0, step=3):
     """Write a heartbeat."""
     import socket
 
@@ -125,8 +126,10 @@ def beat(run, *, state="running", submission=1, deaths=0, host=None, age_s=0.0, 
         "reason": None,
         "pid": 1,
         "host": host or socket.gethostname(),
+        "job_id": job_id,
         "submission": submission,
         "deaths": deaths,
+        "starts": starts,
         "step": step,
         "n_steps": run.config.n_steps,
         "tokens_per_s": 100.0,
@@ -134,6 +137,9 @@ def beat(run, *, state="running", submission=1, deaths=0, host=None, age_s=0.0, 
         "time": time.time() - age_s,
     }
     write_json(run.path / "status.json", facts)
+    # How old it is, is read off the file: clocks of machines differ.
+    written = (run.path / "status.json").stat().st_mtime - age_s
+    os.utime(run.path / "status.json", (written, written))
 
 
 def fail(run, *, submission=1, stage="train"):
