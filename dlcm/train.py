@@ -16,7 +16,7 @@ killed continues from its last checkpoint to the same bits (CPU, same number of 
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,16 @@ from dlcm.boundary import (
 )
 from dlcm.checkpoint import check_corpus, corpus_record, load_checkpoint, save_checkpoint
 from dlcm.config import SCHEMA_VERSION, RunConfig
-from dlcm.errors import UserError, parse
+from dlcm.errors import UserError
+from dlcm.micro_batch import micro_batches, with_micro_batch
 from dlcm.model import Model, build_model, next_token_loss
 from dlcm.optim import build_optimizer, lr_factor
 from dlcm.provenance import describe_environment
 from dlcm.record import append_metrics, cut_metrics, read_json, run_lock, write_json
 from dlcm.result import Result as Result
 from dlcm.result import load_result as load_result
-from dlcm.shards import Batch, Corpus, open_corpus
+from dlcm.shards import Corpus, open_corpus
+from dlcm.tally import StepSums, Tally
 from dlcm.validation import calibrate_threshold, evaluate_loss
 
 # The last share of steps over which the realised R in training is averaged.
@@ -64,36 +66,6 @@ class Progress:
     tokens: int
     loss_nats: float
     tokens_per_s: float
-
-
-@dataclass
-class _Tally:
-    """Sums that a resumed run must continue from. Plain numbers, stored in the checkpoint."""
-
-    loss_sum: float = 0.0
-    boundary_sum: float = 0.0
-    prob_sum: float = 0.0
-    n_tokens: int = 0
-    final_tokens: int = 0
-    final_concepts: int = 0
-    running_loss: float | None = None
-    uncalibrated: float | None = None
-    wall_s: float = 0.0
-
-    def reset_interval(self) -> None:
-        self.loss_sum = self.boundary_sum = self.prob_sum = 0.0
-        self.n_tokens = 0
-
-
-@dataclass
-class _StepSums:
-    """Sums over the micro-batches of one step."""
-
-    loss: float = 0.0
-    concepts: int = 0
-    prob: float = 0.0
-    tokens: int = 0
-    scores: list[Tensor] = field(default_factory=list)
 
 
 def train(
@@ -122,21 +94,13 @@ def train(
         RunBusyError: another process is training this run.
     """
     run_dir = Path(run_dir)
-    executed = _with_micro_batch(config, micro_batch_tokens)
+    executed = with_micro_batch(config, micro_batch_tokens)
     with run_lock(run_dir):
         guard()
         _claim(config, run_dir)
         if (run_dir / "result.json").exists():
             return load_result(run_dir)
         return _Trainer(config, run_dir, executed=executed, guard=guard).run(on_step)
-
-
-def _with_micro_batch(config: RunConfig, micro_batch_tokens: int | None) -> RunConfig:
-    """The config that is executed."""
-    if micro_batch_tokens is None:
-        return config
-    train = {**config.train.model_dump(), "micro_batch_tokens": micro_batch_tokens}
-    return parse(RunConfig, {**config.model_dump(), "train": train}, "train")
 
 
 def step_seconds(config: RunConfig, corpus: Corpus) -> Iterator[float]:
@@ -191,7 +155,7 @@ class _Trainer:
         if config.train.compile:
             self.model.compile_stacks()
         self.optimizer = build_optimizer(self.model, config.optim)
-        self.tally, self.step = _Tally(), 0
+        self.tally, self.step = Tally(), 0
         self.metrics_path = run_dir / "metrics.jsonl"
 
     def run(self, on_step: Callable[[Progress], None] | None) -> Result:
@@ -239,7 +203,7 @@ class _Trainer:
         if state is not None:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.tally = state["step"], _Tally(**state["tally"])
+            self.step, self.tally = state["step"], Tally(**state["tally"])
         cut_metrics(self.metrics_path, self.step)
 
     def _save(self, clock: float) -> float:
@@ -264,10 +228,10 @@ class _Trainer:
         batch = self.corpus.train.batch(
             self.step, seed=config.seed, batch_tokens=config.train.batch_tokens, seq_len=config.data.seq_len
         )
-        parts = [self._to_device(part) for part in _micro_batches(batch, self.executed)]
+        parts = [self._to_device(part) for part in micro_batches(batch, self.executed)]
         ahead = self._statistics_ahead(parts)
         self.optimizer.zero_grad(set_to_none=True)
-        sums = _StepSums()
+        sums = StepSums()
         for part in parts:
             self._backward(part, ahead, sums)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip_norm)
@@ -297,7 +261,7 @@ class _Trainer:
         return boundary is not None and boundary.detector == "learned" and boundary.ratio_loss_weight > 0
 
     def _backward(
-        self, part: tuple[Tensor, Tensor, Tensor, Tensor], ahead: RateStatistics | None, sums: _StepSums
+        self, part: tuple[Tensor, Tensor, Tensor, Tensor], ahead: RateStatistics | None, sums: StepSums
     ) -> None:
         tokens_T, targets_T, cu_seqlens, draws_T = part
         n_tokens = self.config.train.batch_tokens
@@ -321,7 +285,7 @@ class _Trainer:
         if out.detection is not None and out.detection.score_T is not None:
             sums.scores.append(out.detection.score_T.detach())
 
-    def _account(self, sums: _StepSums) -> None:
+    def _account(self, sums: StepSums) -> None:
         """Move the ratio controller and add the step to the running sums."""
         tally = self.tally
         prob_sum = torch.tensor(sums.prob, dtype=torch.float64, device=self.device)
@@ -423,17 +387,3 @@ def parameter_counts(model: Model) -> dict[str, int]:
     concept = 0 if model.config.is_dense else sum(p.numel() for p in model.concepts.blocks.parameters())
     embedding = sum(tables.values())
     return {"total": total, "embedding": embedding, "token": total - embedding - concept, "concept": concept}
-
-
-def _micro_batches(batch: Batch, config: RunConfig) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Tokens, targets, cu_seqlens and stream positions of each micro-batch; windows are never cut."""
-    seq_len, size = config.data.seq_len, config.train.micro_batch_tokens or config.train.batch_tokens
-    tokens_T, targets_T = torch.from_numpy(batch.tokens_T), torch.from_numpy(batch.targets_T)
-    cu_seqlens = torch.from_numpy(batch.cu_seqlens).long()
-    position_T = (torch.from_numpy(batch.windows).long()[:, None] + torch.arange(seq_len)).flatten()
-    parts = []
-    for start in range(0, tokens_T.numel(), size):
-        inside = (cu_seqlens >= start) & (cu_seqlens <= start + size)
-        part = slice(start, start + size)
-        parts.append((tokens_T[part], targets_T[part], cu_seqlens[inside] - start, position_T[part]))
-    return parts

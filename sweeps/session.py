@@ -197,7 +197,7 @@ def _conclude(snapshot: Snapshot, submission: "Submission", out: Any) -> int:
     for line in explain_incomplete(incomplete):
         print(line, file=sys.stderr)
     if submission.job_ids:
-        from sweeps.launch import worker_faults
+        from sweeps.submit import worker_faults
 
         for job_id, fault in worker_faults(submission.sweep_dir, submission.number).items():
             print(f"worker {job_id}: {fault}", file=sys.stderr)

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("dlcm", "flops", "sweeps", "analysis")
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-SOLE_IMPORTERS = {"submitit": ["sweeps/launch.py"], "fvcore": ["flops/measure.py"]}
+SOLE_IMPORTERS = {"submitit": ["sweeps/submit.py"], "fvcore": ["flops/measure.py"]}
 NEVER = {"analysis": {"torch", "submitit", "lm_eval"}, "flops": {"submitit", "lm_eval"}, "sweeps": {"fvcore"}}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 HELP_SECONDS = 0.5

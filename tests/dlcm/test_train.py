@@ -10,9 +10,10 @@ from dlcm import checkpoint
 from dlcm.config import RunConfig
 from dlcm.domains import DOMAINS, label_tokens
 from dlcm.errors import UserError
+from dlcm.micro_batch import micro_batches
 from dlcm.record import RunBusyError, read_metrics, run_lock
 from dlcm.shards import open_corpus
-from dlcm.train import _micro_batches, _Trainer, load_result, prepare_model, train
+from dlcm.train import _Trainer, load_result, prepare_model, train
 from dlcm.validation import evaluate_loss
 from tests.dlcm.conftest import awake, dense_config, small_config
 
@@ -144,7 +145,7 @@ def test_micro_batches_give_the_metrics_of_the_whole_batch(corpus_path, tmp_path
 
 
 @pytest.mark.parametrize("straight_through", [False, True])
-def test_the_gradient_of_a_step_does_not_depend_on_the_number_of_micro_batches(straight_through, corpus_path, tmp_path):
+def test_the_gradient_of_a_step_does_not_depend_on_the_number_ofmicro_batches(straight_through, corpus_path, tmp_path):
     """In float64, the ratio loss included: F and G are those of the batch, whatever part a forward pass sees."""
     found = []
     for micro in (512, 256, 64):
@@ -166,7 +167,7 @@ def test_the_gradient_of_a_step_does_not_depend_on_the_number_of_micro_batches(s
 def test_logged_boundary_statistics_are_those_of_the_interval(corpus_path, tmp_path):
     each = make_config(corpus_path, tokens=9 * 512, log_every=1)
     trainer = _Trainer(each, tmp_path)  # the first step by hand, from the initial weights
-    (part,) = (trainer._to_device(part) for part in _micro_batches(_first_batch(each), each))
+    (part,) = (trainer._to_device(part) for part in micro_batches(_first_batch(each), each))
     detected = trainer.model.detect(part[0], part[2], part[3])
     train(each, tmp_path / "each")
     train(make_config(corpus_path, tokens=9 * 512, log_every=3), tmp_path / "three")
@@ -196,7 +197,7 @@ def _first_batch(config):
 def test_micro_batches_hold_every_window_and_document_start_once(corpus_path):
     config = make_config(corpus_path, micro_batch_tokens=128)
     batch = open_corpus(config.data).train.batch(3, seed=0, batch_tokens=512, seq_len=64)
-    parts = _micro_batches(batch, config)
+    parts = micro_batches(batch, config)
     assert torch.cat([p[0] for p in parts]).tolist() == batch.tokens_T.tolist()
     starts = [i * 128 + s for i, p in enumerate(parts) for s in p[2][:-1].tolist()]
     assert starts == batch.cu_seqlens[:-1].tolist()

@@ -11,8 +11,9 @@ from dlcm.errors import UserError
 from dlcm.record import read_json
 from sweeps.control import cancel
 from sweeps.jobs import job_states, max_array_size, read_jobs
-from sweeps.launch import launch, worker_faults
+from sweeps.launch import launch
 from sweeps.store import load_sweep
+from sweeps.submit import worker_faults
 from sweeps.watch import take_snapshot, watch
 from tests.slurm.cluster import loopback_cluster, why_not
 from tests.sweeps.test_launch import contents
