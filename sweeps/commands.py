@@ -1,9 +1,12 @@
 """The verbs `dlcm sweep ...` and `dlcm flops table`. Only typer is imported here: `dlcm --help` must answer at once."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from sweeps.states import Status
 
 app = typer.Typer(help="Plan, submit and watch sweeps.", no_args_is_help=True, rich_markup_mode=None)
 # `flops` stands below `sweeps` and cannot read a sweep file; the verb joins its group from here.
@@ -192,15 +195,23 @@ def retry_verb(
     runs_per_task: RunsPerTask = None,
     settings: Settings = None,
     detach: Detach = None,
+    failed: Annotated[bool, typer.Option("--failed", help="those that failed")] = False,
+    lost: Annotated[bool, typer.Option("--lost", help="those that were lost")] = False,
+    cancelled: Annotated[bool, typer.Option("--cancelled", help="those that were cancelled")] = False,
+    diverged: Annotated[
+        bool, typer.Option("--diverged", help="those that diverged, anew; what they left is set aside")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Send out again the runs that failed, were lost or cancelled, or those named."""
+    """Send out again the runs that failed, were lost or cancelled, those of some of these kinds, or those named."""
     from sweeps.session import check_options, retry_and_show
     from sweeps.store import find_sweep
 
+    asked: dict[Status, bool] = {"failed": failed, "lost": lost, "cancelled": cancelled, "diverged": diverged}
+    kinds = [name for name, wanted in asked.items() if wanted]
     sweep_dir = find_sweep(sweep, runs_dir)
     options = check_options(cluster, settings or (), concurrency, threads, runs_per_task, sweep_dir=sweep_dir)
-    raise typer.Exit(retry_and_show(sweep_dir, runs or (), options, detach=detach, as_json=as_json))
+    raise typer.Exit(retry_and_show(sweep_dir, runs or (), kinds, options, detach=detach, as_json=as_json))
 
 
 @app.command("collect")

@@ -10,8 +10,8 @@ from dlcm.config import SCHEMA_VERSION
 from dlcm.errors import UserError
 from dlcm.record import is_locked, write_json
 from sweeps.jobs import Job, cancel_jobs, job_key, job_states, jobs_folder, read_jobs
-from sweeps.lease import is_held
-from sweeps.states import RunState, sweep_states
+from sweeps.lease import is_held, lease
+from sweeps.states import RunState, Status, sweep_states
 from sweeps.store import CLAIM, StoredRun, StoredSweep, load_sweep, read_record
 
 _GRACE_S = 15.0
@@ -85,23 +85,57 @@ def _wait_until_gone(sweep_dir: Path, jobs: Sequence[Job], grace_s: float) -> No
         time.sleep(_POLL_S)
 
 
-def retryable(sweep: StoredSweep, states: Sequence[RunState], run_ids: Sequence[str]) -> list[str]:
-    """The runs that a retry sends out again: those named, or all that failed, were lost, or were cancelled.
+RETRIED: tuple[Status, ...] = ("failed", "lost", "cancelled")
+
+
+def retryable(
+    sweep: StoredSweep, states: Sequence[RunState], run_ids: Sequence[str], kinds: Sequence[Status] = ()
+) -> list[str]:
+    """The runs that a retry sends out again.
+
+    Args:
+        sweep: a loaded sweep.
+        states: of its runs.
+        run_ids: runs by name; all of `kinds` by default.
+        kinds: statuses that are retried; those of `RETRIED`, and finished runs that lack an evaluation, by default. A diverged
+            run is a result: it must be asked for.
 
     Raises:
-        UserError: a named run is finished, diverged, running or queued.
+        UserError: a named run is finished, running or queued, or diverged without `diverged` among the kinds.
     """
     by_id = {state.run_id: state for state in states}
     if not run_ids:
-        return [s.run_id for s in states if s.in_plan and (s.status in ("failed", "lost", "cancelled") or _lacks(s))]
+        wanted = kinds or RETRIED
+        return [s.run_id for s in states if s.in_plan and (s.status in wanted or (not kinds and _lacks(s)))]
     chosen = [sweep.run(name).run_id for name in run_ids]
     for run_id in chosen:
         state = by_id[run_id]
-        if state.status == "diverged":
-            raise UserError(f"{run_id}: diverged, and the same config diverges again; change the sweep file instead")
-        if state.status in ("running", "queued") or state.is_complete:
+        if state.status == "diverged" and "diverged" not in kinds:
+            raise UserError(
+                f"{run_id}: diverged, and the same config diverges again on the same device; add --diverged to train it anew, "
+                "or change the sweep file"
+            )
+        if state.status in ("running", "queued") or (state.is_complete and state.status != "diverged"):
             raise UserError(f"{run_id}: {state.status}; nothing to retry")
     return chosen
+
+
+def set_aside(run: StoredRun) -> Path:
+    """Move what a run has left into `attempts/<n>` of its directory, so that it begins anew and nothing is lost.
+
+    Raises:
+        RunBusyError: somebody works on the run.
+    """
+    with lease(run.path, CLAIM):
+        place = run.path / "attempts"
+        number = 1 + max((int(p.name) for p in place.glob("[0-9]*") if p.name.isdigit()), default=0)
+        target = place / f"{number:03d}"
+        target.mkdir(parents=True)
+        # The result goes first: without it the run counts as unfinished, whatever happens next.
+        for name in ("result.json", "failure.json", "metrics.jsonl", "checkpoints", "status.json", "env.json", "eval"):
+            if (run.path / name).exists():
+                (run.path / name).rename(target / name)
+    return target
 
 
 def _lacks(state: RunState) -> bool:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from dlcm.errors import UserError
 from sweeps.clusters import parse_settings
-from sweeps.control import Cancelled, follow, log_path, read_failure, retryable, tail, worker_logs
+from sweeps.control import RETRIED, Cancelled, follow, log_path, read_failure, retryable, set_aside, tail, worker_logs
 from sweeps.jobs import check_submit, read_jobs
-from sweeps.states import STATUSES, RunState, sweep_states
+from sweeps.states import STATUSES, RunState, Status, sweep_states
 from sweeps.store import StoredRun, check_sweep_dir, load_sweep
 from sweeps.watch import Snapshot, explain_incomplete, format_table, render, take_snapshot, watch
 
@@ -105,13 +105,22 @@ def launch_and_show(planned: "Plan", sweep_dir: Path, options: Options, *, detac
 
 
 def retry_and_show(
-    sweep_dir: Path, runs: Sequence[str], options: Options, *, detach: bool | None, as_json: bool
+    sweep_dir: Path,
+    runs: Sequence[str],
+    kinds: Sequence[Status],
+    options: Options,
+    *,
+    detach: bool | None,
+    as_json: bool,
 ) -> int:
-    """Submit the runs that failed, were lost or cancelled, or those named. Returns the exit code."""
+    """Submit the runs that failed, were lost or cancelled, those of `kinds`, or those named. Returns the exit code."""
     sweep = load_sweep(sweep_dir)
-    chosen = retryable(sweep, sweep_states(sweep), runs)
+    states = sweep_states(sweep)
+    chosen = retryable(sweep, states, runs, kinds)
     if not chosen:
-        print(f"{sweep_dir}: no run failed, was lost or cancelled; nothing to retry", file=sys.stderr)
+        print(f"{sweep_dir}: no run is {' or '.join(kinds or RETRIED)}; nothing to retry", file=sys.stderr)
+    for run_id in [s.run_id for s in states if s.status == "diverged" and s.run_id in chosen]:
+        set_aside(sweep.run(run_id))
     from sweeps.launch import resubmit
 
     def submit(**more: Any) -> "Submission":

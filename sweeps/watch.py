@@ -33,6 +33,8 @@ class Overview:
     n_runs: int
     counts: dict[str, int]
     n_complete: int
+    flops_planned: float
+    flops_spent: float
     share_done: float
     seconds_left: float | None
     n_workers: int
@@ -44,7 +46,8 @@ class Overview:
         left = f", about {format_duration(self.seconds_left)} left" if self.seconds_left is not None else ""
         workers = f"; workers: {self.n_workers} running" if self.n_workers or self.n_waiting_workers else ""
         workers += f", {self.n_waiting_workers} waiting" if self.n_waiting_workers else ""
-        done = f"{self.n_complete}/{self.n_runs} runs complete, {self.share_done:.0%} of the FLOPs{left}"
+        spent = f"{self.flops_spent:.3g} of {self.flops_planned:.3g} FLOPs ({self.share_done:.0%})"
+        done = f"{self.n_complete}/{self.n_runs} runs complete, {spent}{left}"
         return f"{done} ({', '.join(told)}{workers})"
 
 
@@ -81,6 +84,8 @@ class Snapshot:
             n_runs=len(pairs),
             counts=dict(Counter(state.status for _, state in pairs)),
             n_complete=sum(state.is_complete for _, state in pairs),
+            flops_planned=total,
+            flops_spent=done,
             share_done=share_done,
             seconds_left=left,
             n_workers=lives["running"],
@@ -189,8 +194,9 @@ def _show_plain(shots: Iterator[Snapshot], stream: TextIO) -> Snapshot:
 
 def _tell(state: RunState) -> str:
     loss = f", loss {state.loss_nats:.4f} nats" if state.status == "finished" and state.loss_nats is not None else ""
+    note = f"; {state.note}" if state.note else ""
     resumed = f" from step {state.step}" if state.status == "running" and state.step else ""
-    return f"{state.status}{resumed}{loss}{f' ({state.reason})' if state.reason else ''}"
+    return f"{state.status}{resumed}{loss}{f' ({state.reason})' if state.reason else ''}{note}"
 
 
 def render(snapshot: Snapshot, max_rows: int | None = _MAX_ROWS) -> "RenderableType":
@@ -234,6 +240,7 @@ def format_table(snapshot: Snapshot) -> str:
         speed, loss, left = _numbers(state)
         step = f"{state.step}/{state.n_steps}"
         note = f"  {state.reason}" if state.reason else ""
+        note += f"  [{state.note}]" if state.note else ""
         note += "" if state.in_plan else "  (no longer in the sweep file)"
         lines.append(f"{state.run_id:{width}}  {state.status:<10} {step:>13} {speed:>9} {loss:>11} {left:>8}{note}")
     return "\n".join([*lines, snapshot.overview.line()])

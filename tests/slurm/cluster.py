@@ -79,8 +79,20 @@ class LoopbackCluster:
         self._wait("munge", lambda: (run / "munge").exists())
         self._daemon("slurmctld", ["-D", "-f", str(self.config)])
         self._wait("the controller", lambda: self._answers(["scontrol", "ping"], "UP"))
+        self.start_node()
+
+    def start_node(self) -> None:
+        """Start the node's daemon and wait until the node answers. Jobs that ran through its absence are taken up again."""
         self._daemon("slurmd", ["-D", "-f", str(self.config), "-N", "node1"])
-        self._wait("the node", lambda: self._answers(["sinfo", "-h", "-o", "%t"], "idle"))
+        ready = ("idle", "mix", "alloc")
+        self._wait("the node", lambda: any(self._answers(["sinfo", "-h", "-o", "%t"], word) for word in ready))
+
+    def kill_node(self) -> None:
+        """SIGKILL the node's daemon. The steps of its jobs have processes of their own and go on."""
+        for name, process in [pair for pair in self._daemons if pair[0] == "slurmd"]:
+            process.kill()
+            process.wait()
+            self._daemons.remove((name, process))
 
     def stop(self) -> None:
         """Cancel all jobs, then end the daemons, last started first."""

@@ -43,10 +43,12 @@ def show(folder):
     return watch(folder, stream=io.StringIO(), stall_s=WAIT_S)
 
 
-def contents(folder):
-    """What a run is, bit by bit, without what depends on the clock."""
+def contents(folder, run_ids=None):
+    """What runs are, bit by bit, without what depends on the clock; all of the sweep by default."""
     found = {}
     for run in load_sweep(folder).runs:
+        if run_ids is not None and run.run_id not in run_ids:
+            continue
         result = {key: value for key, value in read_json(run.path / "result.json").items() if key != "wall_s"}
         rows = [
             {k: v for k, v in row.items() if k != "tokens_per_s"} for row in read_metrics(run.path / "metrics.jsonl")
