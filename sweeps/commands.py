@@ -208,7 +208,7 @@ def retry_verb(
     from sweeps.store import find_sweep
 
     asked: dict[Status, bool] = {"failed": failed, "lost": lost, "cancelled": cancelled, "diverged": diverged}
-    kinds = [name for name, wanted in asked.items() if wanted]
+    kinds: list[Status] = [name for name, wanted in asked.items() if wanted]
     sweep_dir = find_sweep(sweep, runs_dir)
     options = check_options(cluster, settings or (), concurrency, threads, runs_per_task, sweep_dir=sweep_dir)
     raise typer.Exit(retry_and_show(sweep_dir, runs or (), kinds, options, detach=detach, as_json=as_json))

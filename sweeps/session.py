@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sweeps.plan import Plan
 
 _PLAIN_EVERY_S = 10.0
+_MAX_FAULTS = 3
 
 
 @dataclass(frozen=True)
@@ -208,8 +209,11 @@ def _conclude(snapshot: Snapshot, submission: "Submission", out: Any) -> int:
     if submission.job_ids:
         from sweeps.submit import worker_faults
 
-        for job_id, fault in worker_faults(submission.sweep_dir, submission.number).items():
+        faults = worker_faults(submission.sweep_dir, submission.number)
+        for job_id, fault in list(faults.items())[:_MAX_FAULTS]:
             print(f"worker {job_id}: {fault}", file=sys.stderr)
+        if len(faults) > _MAX_FAULTS:
+            print(f"... and {len(faults) - _MAX_FAULTS} more workers; their logs: dlcm sweep logs", file=sys.stderr)
     print(f"not complete: {_n(len(incomplete), 'run')}; submit again to go on", file=sys.stderr)
     return 1
 

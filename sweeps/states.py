@@ -128,11 +128,11 @@ def run_state(run: StoredRun, tasks: Sequence[str] = (), evidence: Evidence | No
     """
     evidence = evidence or Evidence({})
     # The order matters: a run that ends between two reads must look running or ended, never lost.
-    beat = read_record(run.path / "status.json")
+    beat = read_record(f"{run.path}/status.json")
     held = _held(run, beat, evidence)
-    result = read_record(run.path / "result.json")
-    failure = read_record(run.path / "failure.json")
-    cancelled = (run.path / "cancelled.json").exists()
+    result = read_record(f"{run.path}/result.json")
+    failure = read_record(f"{run.path}/failure.json")
+    cancelled = os.path.exists(f"{run.path}/cancelled.json")  # noqa: PTH110 (thousands of runs are looked at)
     status, reason = _derive(beat, held, result, failure, cancelled, evidence)
     missing = ()
     if result and result["status"] == "finished":
@@ -169,7 +169,8 @@ def _held(run: StoredRun, beat: Mapping[str, Any] | None, evidence: Evidence) ->
     """
     running = beat is not None and beat["state"] == "running"
     if not running and beat is not None:
-        return "held" if is_locked(run.path) else ""
+        over = os.path.exists(f"{run.path}/result.json")  # noqa: PTH110 (most runs: nobody holds what has ended)
+        return "held" if not over and is_locked(run.path) else ""
     locked = is_locked(run.path, CLAIM) or is_locked(run.path)
     if beat is None or not running:
         return "held" if locked else ""

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from dlcm.config import SCHEMA_VERSION, RunConfig
 from dlcm.errors import UserError, nearest, parse
 from dlcm.record import read_json, write_atomic
 from dlcm.yaml_io import load_yaml
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from sweeps.plan import Plan
     from sweeps.spec import Sweep
 
@@ -129,7 +129,9 @@ def save_sweep(plan: "Plan", sweep_dir: Path) -> Saved:
     rows["design"] = [json.dumps(run.design, sort_keys=True, default=str) for run in plan.runs]
     rows["in_plan"] = True
     rows["hours_estimated"], rows["memory_estimated"] = _estimates(plan)
-    old = _read_plan(sweep_dir) if (sweep_dir / "plan.parquet").exists() else None
+    import pandas as pd
+
+    old = _read_plan(sweep_dir).to_pandas() if (sweep_dir / "plan.parquet").exists() else None
     known = set(old["run_id"]) if old is not None else set()
     planned = set(rows["run_id"])
     if old is not None:
@@ -174,12 +176,12 @@ def load_sweep(sweep_dir: Path) -> StoredSweep:
 
     if not (sweep_dir / "plan.parquet").exists():
         raise UserError(f"{sweep_dir}: not a sweep directory (no plan.parquet); make it with `dlcm sweep submit`")
-    frame = _read_plan(sweep_dir)
+    columns = _read_plan(sweep_dir).to_pydict()
     # Not `from_yaml`, which wants every corpus file present: this directory must be readable where only it is seen.
     spec = parse(Sweep, load_yaml(sweep_dir / "sweep.yaml"), str(sweep_dir / "sweep.yaml"))
     runs = []
-    for row in frame.to_dict("records"):
-        row = {str(key): value for key, value in row.items()}
+    for values in zip(*columns.values()):
+        row = dict(zip(columns, values))
         runs.append(StoredRun(row["run_id"], sweep_dir / row["run_id"], row, bool(row["in_plan"])))
     return StoredSweep(sweep_dir, spec, tuple(runs))
 
@@ -205,33 +207,38 @@ def find_sweep(name: str, runs_dir: Path) -> Path:
     raise UserError(f"{runs_dir / name}: no such sweep{nearest(name, names)}")
 
 
-def _read_plan(sweep_dir: Path) -> pd.DataFrame:
+def _read_plan(sweep_dir: Path) -> "pa.Table":
+    # Not through pandas, whose import alone takes as long as looking at thousands of runs.
+    import pyarrow.parquet as pq
+
     path = sweep_dir / "plan.parquet"
     try:
-        frame = pd.read_parquet(path)
+        table = pq.ParquetFile(path).read()
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as parquet ({error}); delete it and submit the sweep again") from None
-    if absent := {"run_id", "config", "design", "in_plan", "budget", "flops_train_planned"} - set(frame.columns):
+    if absent := {"run_id", "config", "design", "in_plan", "budget", "flops_train_planned"} - set(table.column_names):
         raise UserError(f"{path}: no column {', '.join(sorted(absent))}; delete it and submit the sweep again")
-    return frame
+    return table
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
+def read_record(path: Path | str) -> dict[str, Any] | None:
     """`status.json`, `result.json`, `failure.json` or `env.json` of a run; None where the file is not there.
 
     Raises:
         UserError: not readable, of another version, or without a key that its readers need.
     """
-    if not path.exists():
-        return None
+    # Read at once: thousands of runs are looked at, and a file may go between two looks (a run that starts again).
     try:
-        record = read_json(path)
-    except UserError:
-        if not path.exists():  # taken away since we looked: a run that starts again clears its failure
-            return None
-        raise
+        with open(path, "rb") as file:  # noqa: PTH123
+            record = json.loads(file.read())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        record = read_json(Path(path))  # tells what is wrong with it
+    if not isinstance(record, dict):
+        record = read_json(Path(path))
     if record.get("schema") != SCHEMA_VERSION:
         raise UserError(f"{path}: schema {record.get('schema')!r}, this version reads {SCHEMA_VERSION}")
-    if absent := [key for key in _RECORD_KEYS[path.name] if key not in record]:
+    if absent := [key for key in _RECORD_KEYS[str(path).rpartition("/")[2]] if key not in record]:
         raise UserError(f"{path}: no key {', '.join(absent)}; delete it and submit the sweep again")
     return record
