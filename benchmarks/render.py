@@ -121,6 +121,17 @@ def plan_table(payload: Payload) -> str:
     return f"{format_table(plans)}\n\n{format_table(payload['count'])}\n\n`dlcm --help`: {payload['help_s']:.2f} s"
 
 
+def faults_table(payload: Payload) -> str:
+    """How often each fault happened, and what came of it."""
+    counts = format_table([{"fault": name, "times": n} for name, n in sorted(payload["faults"].items())])
+    kinds = ("lost", "trained_twice", "wrong_runs", "wrong_rows")
+    ends = ", ".join(f"{len(payload[kind])} {kind.replace('_', ' ')}" for kind in kinds)
+    return (
+        f"{counts}\n\n{payload['n_faults']} faults on {payload['n_runs']} runs in {payload['seconds']} s, "
+        f"{payload['n_submissions']} submissions, seed {payload['seed']}: **{ends}**."
+    )
+
+
 def step_table(payload: Payload) -> str:
     """Both models, then what the comparison gives."""
     lines = [
@@ -196,6 +207,7 @@ AGAINST_PAPER = "FlexAttention's time over that of replication, at R = 4, here a
 # By the start of a result's name; rows as they are for all others.
 TABLES: dict[str, Callable[[Payload], str]] = {
     "coordinate_check": coordinate_table,
+    "faults": faults_table,
     "plan_": plan_table,
     "ratio_control": ratio_table,
     "step_": step_table,
