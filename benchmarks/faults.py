@@ -4,12 +4,12 @@
 
 Faults: SIGKILL, SIGTERM and USR2 to workers, supervisors and whole jobs; processes frozen for seconds; torn files (metrics tail,
 newest checkpoint, heartbeat, left-over drafts); times of files that jump by days, as the clock of a file server would; a full
-disk (a tmpfs of its own, filled for seconds; needs root, else left out and said); two submitters at once. Whatever is not finished is
-submitted again.
+disk (a tmpfs of its own, filled for seconds; needs root, else left out and said); two submitters at once. Whatever is not
+finished is submitted again.
 
 At the end every run must be finished, its weights and metrics equal to those of an undisturbed sweep bit by bit, no step in a
-metrics log twice, and every row of results.parquet that of the undisturbed sweep. All the while no run may have two processes that
-train it. The seed of a failure repeats its sequence of faults; what they hit depends on timing.
+metrics log twice, and every row of results.parquet that of the undisturbed sweep. All the while no run may have two processes
+that train it. The seed of a failure repeats its sequence of faults; what they hit depends on timing.
 """
 
 import argparse
