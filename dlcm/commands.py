@@ -25,10 +25,11 @@ def train_verb(config: ConfigFile, run_dir: RunDir, as_json: AsJson = False) -> 
 
     run = parse(RunConfig, load_yaml(config), str(config))
 
+    from dlcm.distributed import joined
     from dlcm.shards import open_corpus
     from dlcm.train import train
 
-    with Reporter() as report:
+    with joined() as ranks, Reporter() as report:
         open_corpus(run.data, report)  # with progress; training then finds the corpus in the cache
         result = train(
             run,
@@ -37,6 +38,8 @@ def train_verb(config: ConfigFile, run_dir: RunDir, as_json: AsJson = False) -> 
                 "training", at.step, at.n_steps, f"loss {at.loss_nats:.3f}  {at.tokens_per_s:,.0f} tokens/s"
             ),
         )
+    if not ranks.is_main:
+        return
     if as_json:
         print(json.dumps(dataclasses.asdict(result), indent=2))
         return

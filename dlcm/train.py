@@ -13,6 +13,7 @@ A run is a function of its config: data order and boundary draws depend on (seed
 killed continues from its last checkpoint to the same bits (CPU, same number of threads).
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,6 @@ from torch import Tensor
 
 from dlcm.boundary import (
     RateStatistics,
-    delimiter_table,
     gather_scores,
     global_statistics,
     ratio_loss,
@@ -33,10 +33,12 @@ from dlcm.boundary import (
 )
 from dlcm.checkpoint import check_corpus, corpus_record, load_checkpoint, save_checkpoint
 from dlcm.config import SCHEMA_VERSION, RunConfig
+from dlcm.distributed import Ranks, current_ranks
 from dlcm.errors import UserError
-from dlcm.micro_batch import micro_batches, with_micro_batch
-from dlcm.model import Model, build_model, next_token_loss
+from dlcm.micro_batch import micro_batches, most_micro_batches, shares, with_micro_batch
+from dlcm.model import next_token_loss
 from dlcm.optim import build_optimizer, lr_factor
+from dlcm.prepare import parameter_counts, prepare_model
 from dlcm.provenance import describe_environment
 from dlcm.record import append_metrics, cut_metrics, read_json, run_lock, write_json
 from dlcm.result import Result as Result
@@ -95,12 +97,19 @@ def train(
     """
     run_dir = Path(run_dir)
     executed = with_micro_batch(config, micro_batch_tokens)
-    with run_lock(run_dir):
-        guard()
-        _claim(config, run_dir)
-        if (run_dir / "result.json").exists():
+    ranks = current_ranks()
+    shares(config, ranks.world_size)  # refuses a batch that the ranks cannot share
+    with contextlib.ExitStack() as stack:
+
+        def claim() -> bool:
+            stack.enter_context(run_lock(run_dir))
+            guard()
+            _claim(config, run_dir)
+            return (run_dir / "result.json").exists()
+
+        if ranks.on_main(claim):
             return load_result(run_dir)
-        return _Trainer(config, run_dir, executed=executed, guard=guard).run(on_step)
+        return _Trainer(config, run_dir, executed=executed, guard=guard, ranks=ranks).run(on_step)
 
 
 def step_seconds(config: RunConfig, corpus: Corpus) -> Iterator[float]:
@@ -143,12 +152,14 @@ class _Trainer:
         *,
         executed: RunConfig | None = None,
         guard: Callable[[], None] = lambda: None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config, self.run_dir, self.guard = config, run_dir, guard
+        self.ranks = ranks or Ranks()
         self.executed = executed or config  # the same run, perhaps with other micro-batches
         self.corpus = corpus or open_corpus(config.data)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.device_name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+        self.device = torch.device(f"cuda:{self.ranks.local_rank}" if torch.cuda.is_available() else "cpu")
+        self.device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         bf16 = config.train.is_bf16(self.device.type)
         self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
         self.model = prepare_model(config, self.corpus).to(self.device)
@@ -163,9 +174,12 @@ class _Trainer:
         check_corpus(self.run_dir, self.corpus)
         self._restore()
         environment = describe_environment(self.device_name, torch.get_num_threads())
-        facts = {"corpus": corpus_record(self.corpus), "micro_batch_tokens": self.executed.train.micro_batch_tokens}
-        self.guard()
-        write_json(self.run_dir / "env.json", {"schema": SCHEMA_VERSION, **environment, **facts})
+        facts = {
+            "corpus": corpus_record(self.corpus),
+            "micro_batch_tokens": self.executed.train.micro_batch_tokens,
+            "n_ranks": self.ranks.world_size,
+        }
+        self._write_json("env.json", {"schema": SCHEMA_VERSION, **environment, **facts})
         clock = time.perf_counter()
         reason = None
         while self.step < self.config.n_steps and reason is None:
@@ -182,17 +196,35 @@ class _Trainer:
             saved = not reason and (last or self.step % self.config.train.checkpoint_every == 0)
             if saved:
                 clock = self._save(clock)
-            if on_step is not None:
-                try:
-                    on_step(Progress(self.step, self.config.n_steps, self._tokens, loss, tokens_per_s))
-                except StopTraining:
-                    if not reason and not saved:
-                        self._save(clock)
-                    raise
+            fault = self._told(on_step, Progress(self.step, self.config.n_steps, self._tokens, loss, tokens_per_s))
+            if fault is not None:
+                if isinstance(fault, StopTraining) and not reason and not saved:
+                    self._save(clock)
+                raise fault
         result = self._result(reason, self.tally.wall_s + time.perf_counter() - clock)
-        self.guard()
-        write_json(self.run_dir / "result.json", asdict(result))
+        self._write_json("result.json", asdict(result))
         return result
+
+    def _told(self, on_step: Callable[[Progress], None] | None, progress: Progress) -> Exception | None:
+        """Tell rank 0's caller how far it is; what the caller raises ends all ranks at this step."""
+        fault: Exception | None = None
+        if on_step is not None and self.ranks.is_main:
+            try:
+                on_step(progress)
+            except Exception as error:
+                fault = error
+        if self.ranks.world_size > 1:
+            (ended,) = self.ranks.sum(
+                [(1.0 if isinstance(fault, StopTraining) else 1e6) if fault else 0.0], self.device
+            )
+            if ended and fault is None:
+                fault = StopTraining("rank 0 was told to stop") if ended < 1e6 else UserError("rank 0 has ended")
+        return fault
+
+    def _write_json(self, name: str, data: dict[str, Any]) -> None:
+        if self.ranks.is_main:
+            self.guard()
+            write_json(self.run_dir / name, data)
 
     @property
     def _tokens(self) -> int:
@@ -204,7 +236,8 @@ class _Trainer:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.tally = state["step"], Tally(**state["tally"])
-        cut_metrics(self.metrics_path, self.step)
+        if self.ranks.is_main:
+            cut_metrics(self.metrics_path, self.step)
 
     def _save(self, clock: float) -> float:
         """Save a checkpoint; `clock` is when the time since the one before began, and what comes back is when the next begins."""
@@ -215,8 +248,9 @@ class _Trainer:
             "optimizer": self.optimizer.state_dict(),
             "tally": asdict(self.tally),
         }
-        self.guard()
-        save_checkpoint(self.run_dir, self.step, self.config, state)
+        if self.ranks.is_main:
+            self.guard()
+            save_checkpoint(self.run_dir, self.step, self.config, state)
         return now
 
     def _train_step(self) -> tuple[float, float]:
@@ -228,12 +262,15 @@ class _Trainer:
         batch = self.corpus.train.batch(
             self.step, seed=config.seed, batch_tokens=config.train.batch_tokens, seq_len=config.data.seq_len
         )
-        parts = [self._to_device(part) for part in micro_batches(batch, self.executed)]
+        rank, n_ranks = self.ranks.rank, self.ranks.world_size
+        parts = [self._to_device(part) for part in micro_batches(batch, self.executed, rank, n_ranks)]
         ahead = self._statistics_ahead(parts)
         self.optimizer.zero_grad(set_to_none=True)
         sums = StepSums()
         for part in parts:
             self._backward(part, ahead, sums)
+        self.ranks.average_gradients(self.model.parameters())
+        (sums.loss,) = self.ranks.sum([sums.loss], self.device) if n_ranks > 1 else (sums.loss,)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip_norm)
         # A step along a gradient that is not finite would destroy the weights of a run whose divergence is a result.
         if math.isfinite(float(norm)):
@@ -247,7 +284,7 @@ class _Trainer:
 
     def _statistics_ahead(self, parts: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> RateStatistics | None:
         """F and G of the whole batch, before any gradient: with several micro-batches the encoder runs once more for it."""
-        if len(parts) == 1 or not self._has_ratio_loss:
+        if most_micro_batches(self.executed, self.ranks.world_size) == 1 or not self._has_ratio_loss:
             return None
         with self.autocast:
             found = [self.model.detect(tokens_T, cu, draws_T) for tokens_T, _, cu, draws_T in parts]
@@ -268,7 +305,8 @@ class _Trainer:
         with self.autocast:
             out = self.model(tokens_T, cu_seqlens=cu_seqlens, draws=draws_T)
         loss_sum = next_token_loss(out, targets_T, reduction="sum")
-        objective = loss_sum / n_tokens
+        # The mean over the ranks is the gradient of the global batch, whatever share of it a rank has.
+        objective = loss_sum * (self.ranks.world_size / n_tokens)
         boundary = self.config.model.boundary
         if boundary is not None and self._has_ratio_loss:
             prob_sum = out.boundary_prob.sum()
@@ -332,8 +370,9 @@ class _Trainer:
             "grad_norm": grad_norm,
         }
         finite = {k: None if v is None or not math.isfinite(v) else v for k, v in row.items()}
-        self.guard()
-        append_metrics(self.metrics_path, finite)
+        if self.ranks.is_main:
+            self.guard()
+            append_metrics(self.metrics_path, finite)
         tally.reset_interval()
 
     def _result(self, reason: str | None, wall_s: float) -> Result:
@@ -357,33 +396,3 @@ class _Trainer:
             domains=measured.domains if measured else None,
             micro_batch_tokens=self.executed.train.micro_batch_tokens,
         )
-
-
-def prepare_model(config: RunConfig, corpus: Corpus) -> Model:
-    """Build the model of a run and give it what it needs of the tokenizer.
-
-    Raises:
-        UserError: the tokenizer has more tokens than the model has embeddings.
-    """
-    tokenizer = corpus.tokenizer
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"data.tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} tokens, model.vocab_size is "
-            f"{config.model.vocab_size}; set model.vocab_size to {tokenizer.vocab_size} or choose another tokenizer"
-        )
-    model = build_model(config.model, seed=config.seed)
-    boundary = config.model.boundary
-    if boundary is not None and boundary.detector.startswith("delimiter_"):
-        granularity = boundary.detector.removeprefix("delimiter_")
-        table = delimiter_table(tokenizer.token_bytes(), config.model.vocab_size, granularity)
-        model.boundary.delimiters_V4.copy_(table)
-    return model
-
-
-def parameter_counts(model: Model) -> dict[str, int]:
-    """Parameters by group, counted on the model: total = embedding + token + concept (the backbone's blocks)."""
-    total = sum(p.numel() for p in model.parameters())
-    tables = {id(p): p.numel() for p in (model.embedding.weight, model.unembedding.weight)}
-    concept = 0 if model.config.is_dense else sum(p.numel() for p in model.concepts.blocks.parameters())
-    embedding = sum(tables.values())
-    return {"total": total, "embedding": embedding, "token": total - embedding - concept, "concept": concept}

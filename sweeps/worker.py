@@ -74,6 +74,7 @@ def work(
     capture: bool = True,
     job_id: str | None = None,
     stop: Callable[[], bool] = lambda: False,
+    announce: Callable[[tuple[str, int | None]], Any] | None = None,
     on_run: Callable[[StoredRun], None] | None = None,
     on_step: Callable[["Progress"], None] | None = None,
 ) -> WorkerReport:
@@ -89,6 +90,7 @@ def work(
         capture: send what the run prints, native code included, to `<run_id>/logs/worker.log`.
         job_id: the scheduler's id of this worker.
         stop: asked after each step: whether to save a checkpoint and leave.
+        announce: tells the other ranks of this job what is trained now: the run and its micro-batch.
         on_run: called as a run is taken.
         on_step: called with each `Progress` of the training.
 
@@ -117,7 +119,7 @@ def work(
             if on_run is not None:
                 on_run(run)
             with _captured(run.path / "logs" / "worker.log") if capture else contextlib.nullcontext():
-                _Task(run, sweep, held, Heartbeat(run, submission, job_id, held), report, stop, on_step).do()
+                _Task(run, sweep, held, Heartbeat(run, submission, job_id, held), report, stop, on_step, announce).do()
     return report
 
 
@@ -181,6 +183,7 @@ class _Task:
     report: WorkerReport
     stop: Callable[[], bool]
     on_step: Callable[["Progress"], None] | None
+    announce: Callable[[tuple[str, int | None]], Any] | None = None
 
     def do(self) -> None:
         """Train and evaluate; a fault is recorded in the run's files."""
@@ -209,6 +212,8 @@ class _Task:
                 self.lease.check()
                 self.report.failed.append(run_id)
                 _record_failure(self.run, stage, self.beat.submission, error)
+                if self.announce is not None and stage == "train" and not isinstance(error, UserError):
+                    raise  # the other ranks are in the middle of something: see `sweeps.ranks`
 
     def _train(self) -> Any:
         """Train, a second time with half the micro-batch where memory did not suffice."""
@@ -217,6 +222,8 @@ class _Task:
 
         def once() -> Any:
             micro = (read_record(self.run.path / "memory.json") or {}).get("micro_batch_tokens")
+            if self.announce is not None:
+                self.announce((self.run.run_id, micro))
             return train(
                 self.run.config, self.run.path, on_step=self._follow, guard=self.lease.check, micro_batch_tokens=micro
             )
@@ -225,7 +232,7 @@ class _Task:
             return once()
         except Exception as error:
             note = lower_memory(self.run, _last_line(error)) if is_out_of_memory(error) else None
-            if note is None:
+            if note is None or self.announce is not None:
                 raise
             self.beat.update(note=note)
             print(note, file=sys.stderr, flush=True)

@@ -11,9 +11,10 @@ from dlcm.config import RunConfig
 from dlcm.domains import DOMAINS, label_tokens
 from dlcm.errors import UserError
 from dlcm.micro_batch import micro_batches
+from dlcm.prepare import prepare_model
 from dlcm.record import RunBusyError, read_metrics, run_lock
 from dlcm.shards import open_corpus
-from dlcm.train import _Trainer, load_result, prepare_model, train
+from dlcm.train import _Trainer, load_result, train
 from dlcm.validation import evaluate_loss
 from tests.dlcm.conftest import awake, dense_config, small_config
 
