@@ -27,6 +27,9 @@ class ClusterConfig(Frozen):
     )
     nodes: int = Field(default=1, gt=0, description="nodes of one run; each has `gpus` GPUs")
     gpus: int = Field(default=0, ge=0, description="GPUs of one run on a node; one rank each")
+    ranks_per_node: int | None = Field(
+        default=None, gt=0, description="processes of one run on a node; one for each GPU, or one, by default"
+    )
     cpus_per_run: int = Field(default=1, gt=0, description="CPUs of one run")
     memory: str | None = Field(
         default=None,
@@ -79,7 +82,7 @@ class ClusterConfig(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> "ClusterConfig":
-        if self.runs_at_once > 1 and (self.nodes > 1 or self.gpus > 1):
+        if self.runs_at_once > 1 and self.n_ranks > 1:
             raise ValueError(
                 "runs_at_once above 1 shares one device; with gpus or nodes above 1 a run has several: keep one"
             )
@@ -98,7 +101,12 @@ class ClusterConfig(Frozen):
     @property
     def n_ranks(self) -> int:
         """Processes of one run."""
-        return self.nodes * max(self.gpus, 1)
+        return self.nodes * self.n_ranks_per_node
+
+    @property
+    def n_ranks_per_node(self) -> int:
+        """Processes of one run on a node."""
+        return self.ranks_per_node or max(self.gpus, 1)
 
     @property
     def memory_bytes(self) -> int | None:
