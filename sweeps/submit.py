@@ -22,7 +22,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
 from submitit.helpers import DelayedSubmission
 
 from dlcm.errors import UserError
-from dlcm.record import write_json
+from dlcm.record import read_json, write_json
 from sweeps.clusters import Target
 from sweeps.code import freeze_code
 from sweeps.jobs import (
@@ -60,6 +60,7 @@ class Worker:
         max_runs: runs that it takes.
         at_once: how many of them at the same time.
         grace_s: how long a checkpoint may take once it is told to stop.
+        n_ranks: processes of a run; with more than one, each task of the job calls this, and there is no supervisor.
     """
 
     sweep_dir: Path
@@ -70,10 +71,13 @@ class Worker:
     max_runs: int | None = None
     at_once: int = 1
     grace_s: float = 60.0
+    n_ranks: int = 1
 
     def __call__(self) -> dict[str, list[str]]:
         """Work on the sweep directory until no run is left for this worker."""
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's: it asks for `checkpoint`, requeues the job and leaves
+        if self.n_ranks > 1:
+            return self._as_rank(requeue)
         payload = {
             "sweep_dir": str(self.sweep_dir),
             "submission": self.submission,
@@ -87,6 +91,22 @@ class Worker:
         if outcome.stopped == "SIGUSR2" and callable(requeue):
             requeue(signal.SIGUSR2, None)
         return outcome.report
+
+    def _as_rank(self, requeue: Any) -> dict[str, list[str]]:
+        from sweeps.ranks import work_as_rank
+
+        report, stopped = work_as_rank(
+            self.sweep_dir,
+            submission=self.submission,
+            threads=self.threads,
+            root=self.root,
+            job_id=submitit.JobEnvironment().job_id,
+            only=None if self.group is None else read_json(self.group)["run_ids"],
+            max_runs=self.max_runs,
+        )
+        if stopped == "SIGUSR2" and callable(requeue):
+            requeue(signal.SIGUSR2, None)
+        return report
 
     def checkpoint(self) -> DelayedSubmission:
         """What submitit requeues: the same worker; what is done and what is not stands in the run directories."""
@@ -125,13 +145,22 @@ class Submitting:
     def local(self) -> list[str]:
         """Workers on this machine, as many as run at once."""
         config = self.target.config
+        if config.nodes > 1:
+            raise UserError(
+                f"cluster.nodes = {config.nodes}, but this machine is one node; use --cluster slurm, or lower it"
+            )
         n_workers = min(config.concurrency, len(self.todo))
         gpus = _local_gpus(config.gpus, n_workers)
         worker = self._worker(self._group_file("all", self.todo), None, 60.0)
         executor = submitit.LocalExecutor(jobs_folder(self.sweep.path, self.number))
         job_ids = []
         for mine in gpus:
-            executor.update_parameters(timeout_min=_LOCAL_LIMIT_MIN, gpus_per_node=len(mine), visible_gpus=mine)
+            executor.update_parameters(
+                timeout_min=_LOCAL_LIMIT_MIN,
+                gpus_per_node=len(mine),
+                visible_gpus=mine,
+                tasks_per_node=config.n_ranks_per_node,
+            )
             with (
                 thread_environment(worker.threads),
                 _code_first(worker.root),
@@ -170,7 +199,17 @@ class Submitting:
     def _worker(self, group: Path, max_runs: int | None, grace_s: float) -> Worker:
         config = self.target.config
         root = freeze_code(self.sweep.path)
-        return Worker(self.sweep.path, self.number, config.threads, root, group, max_runs, config.runs_at_once, grace_s)
+        return Worker(
+            self.sweep.path,
+            self.number,
+            config.threads,
+            root,
+            group,
+            max_runs,
+            config.runs_at_once,
+            grace_s,
+            config.n_ranks,
+        )
 
     def _group_file(self, name: str, run_ids: Sequence[str]) -> Path:
         # A file, not a part of the job: thousands of jobs would each carry thousands of names.
@@ -244,7 +283,8 @@ def _slurm_parameters(
     exports = [f"export {name}={worker.threads}" for name in THREAD_VARIABLES]
     exports += [f'export PYTHONPATH={shlex.quote(str(worker.root))}"${{PYTHONPATH:+:$PYTHONPATH}}"']
     exports += ["export PYTHONSAFEPATH=1"]  # the working directory may hold another checkout
-    cpus = max(config.cpus_per_run, worker.threads) * config.runs_at_once
+    per_node = config.n_ranks_per_node
+    cpus = max(math.ceil(config.cpus_per_run / per_node), worker.threads) * config.runs_at_once
     optional = {
         "partition": config.partition,
         "account": config.account,
@@ -257,7 +297,9 @@ def _slurm_parameters(
         "job_name": f"dlcm-{sweep.name}",
         "time": group.minutes,
         "nodes": config.nodes,
-        "ntasks_per_node": max(config.gpus, 1) if config.n_ranks > 1 else 1,
+        "ntasks_per_node": per_node,
+        # Ranks that wait for one that has ended with an error would hold the nodes for nothing.
+        "srun_args": ["--kill-on-bad-exit=1"],
         "cpus_per_task": cpus,
         "array_parallelism": parallel,
         "signal_delay_s": lead,

@@ -1,14 +1,21 @@
+import contextlib
 import importlib
 import io
 import json
 import os
+import pwd
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
 from dlcm.errors import UserError
-from dlcm.record import read_json
+from dlcm.record import read_json, read_metrics
+from sweeps import Sweep, plan
 from sweeps.control import cancel
 from sweeps.jobs import job_states, max_array_size, read_jobs
 from sweeps.launch import launch
@@ -17,7 +24,7 @@ from sweeps.submit import worker_faults
 from sweeps.watch import take_snapshot, watch
 from tests.slurm.cluster import loopback_cluster, why_not
 from tests.sweeps.test_launch import contents
-from tests.sweeps.tiny import make_plan
+from tests.sweeps.tiny import make_plan, sweep_dict
 
 pytestmark = [
     pytest.mark.cluster,
@@ -118,3 +125,57 @@ def test_the_command_line_submits_waits_and_reports(tmp_path, capsys, monkeypatc
 def test_the_limit_of_an_array_is_the_clusters():
     assert max_array_size() == 1001
     assert os.environ["SLURM_CONF"].startswith("/tmp/slurm-")
+
+
+def test_a_run_over_two_tasks_gives_what_one_gives_and_survives_a_time_out(tmp_path, cluster):
+    train = {"batch_tokens": 256, "tokens": 256 * 120, "checkpoint_every": 20, "log_every": 1}
+    base = {**make_plan(tmp_path).sweep.base, **{f"train.{key}": value for key, value in train.items()}}
+    spec = {"name": "ranks", "base": base, "axes": {"grid": {"seed": [0]}}, "minimum": {"steps": 0}}
+    one = plan(Sweep.from_dict(spec))
+    launch(one, tmp_path / "reference", "debug", threads=1)
+    folder = tmp_path / "s"
+    submission = launch(one, folder, "slurm", settings={"time": "10", "ranks_per_node": 2})
+    until(lambda: take_snapshot(folder).states[0].step >= 10, "ten steps")
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        command = ["scancel", "--signal=USR2", submission.job_ids[0]]
+        subprocess.run(command, env=cluster.environment, timeout=3, check=False)
+    snapshot = show(folder)
+    assert snapshot.overview.n_complete == 1, (snapshot.states, worker_faults(folder, 1))
+    (run,) = load_sweep(folder).runs
+    env, reference = read_json(run.path / "env.json"), tmp_path / "reference" / run.run_id
+    assert env["n_ranks"] == 2
+    assert env["slurm"]["SLURM_RESTART_COUNT"] == "1"
+    losses, expected = (
+        [row["loss_nats"] for row in read_metrics(path / "metrics.jsonl")][:20] for path in (run.path, reference)
+    )
+    assert losses == pytest.approx(expected, rel=2e-3)
+
+
+def test_another_user_than_root_submits_and_its_runs_are_its_own(tmp_path, cluster):
+    """Everything of a sweep as a plain user: the client reads the cluster's files, and the run's files are the user's."""
+    user = pwd.getpwnam("nobody")
+    home = Path(tempfile.mkdtemp(prefix="dlcm-user-", dir="/tmp"))
+    try:
+        (home / "tiny.yaml").write_text(json.dumps(sweep_dict(home, seeds=(0,), cluster=CLUSTER)))
+        for path in (home, *home.iterdir()):
+            os.chown(path, user.pw_uid, user.pw_gid)
+        if not reads(user, Path(sys.executable)) or not reads(user, Path(__file__)):
+            pytest.skip("the environment of the tests is closed to other users")
+        environment = {**cluster.environment, "HOME": str(home), "DLCM_CACHE": str(home / "cache")}
+        command = [sys.executable, "-c", "from dlcm.cli import main; main()", "sweep", "submit", "tiny.yaml"]
+        done = subprocess.run(
+            [*command, "--cluster", "slurm", "--wait"],
+            env=environment, cwd=home, user=user.pw_uid, group=user.pw_gid, extra_groups=[],
+            capture_output=True, text=True, timeout=WAIT_S, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        results = list(home.glob("runs/tiny/*/result.json"))
+        assert len(results) == 1
+        assert results[0].stat().st_uid == user.pw_uid
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def reads(user, path):
+    command = ["test", "-r", str(path.resolve())]
+    return subprocess.run(command, user=user.pw_uid, group=user.pw_gid, extra_groups=[], check=False).returncode == 0
