@@ -21,6 +21,7 @@ from dlcm.errors import UserError
 
 Answer = TypeVar("Answer")
 _BUCKET = 1 << 24  # elements of gradients that are summed at once: 64 MB in fp32
+_MEETING = timedelta(minutes=5)  # tasks of a job start within seconds of each other
 _PATIENCE = timedelta(hours=2)  # rank 0 evaluates while the others wait; a rank that dies is noticed at once
 
 
@@ -119,13 +120,14 @@ def joined(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(ranks.local_rank)
-    dist.init_process_group(
-        backend,
-        init_method=f"tcp://{address}:{port}",
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        timeout=_PATIENCE,
-    )
+    try:
+        store = dist.TCPStore(address, port, ranks.world_size, ranks.is_main, timeout=_MEETING)
+    except (dist.DistError, RuntimeError) as error:
+        raise UserError(
+            f"rank {ranks.rank} of {ranks.world_size} does not reach rank 0 at {address}:{port} "
+            f"({str(error).splitlines()[0]}); name nodes that resolve, or set MASTER_ADDR and start with torchrun"
+        ) from None
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=_PATIENCE)
     try:
         yield ranks
     finally:
@@ -149,7 +151,9 @@ def rendezvous(environment: Mapping[str, str]) -> tuple[Ranks, str, int] | None:
         int(e.get("SLURM_STEP_NUM_TASKS", "1")) > 1
     ):  # srun; SLURM_NTASKS is there in a batch script of one process, too
         keys = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-        address, port = first_host(e.get("SLURM_STEP_NODELIST", e["SLURM_JOB_NODELIST"])), _port(e["SLURM_JOB_ID"])
+        port = _port(e["SLURM_JOB_ID"])
+        one_node = e.get("SLURM_STEP_NUM_NODES") == "1"  # then no name has to resolve
+        address = "127.0.0.1" if one_node else first_host(e.get("SLURM_STEP_NODELIST", e["SLURM_JOB_NODELIST"]))
     elif int(e.get("SUBMITIT_LOCAL_NTASKS", "1")) > 1:
         keys = ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID")
         address, port = "127.0.0.1", _port(e["SUBMITIT_LOCAL_JOB_ID"])

@@ -1,9 +1,9 @@
 """One run over several processes: rank 0 is the worker, the others train what it says.
 
 Every task of the job calls `work_as_rank`. Rank 0 claims runs and does all that a worker does; the others wait for the name of a
-run, train it with rank 0, and wait again. What befalls all ranks alike (a wrong directory, a cancel, a signal) ends the run and the
-job goes on. What befalls one alone ends the job, because nobody knows what the others are in the middle of: the run is then lost,
-and goes on from its last checkpoint when it is sent out again.
+run, train it with rank 0, and wait again. What befalls all ranks alike (a wrong directory, a cancel, a signal) ends the run and
+the job goes on. What befalls one alone ends the job, because nobody knows what the others are in the middle of: the run is then
+lost, and goes on from its last checkpoint when it is sent out again.
 """
 
 import signal

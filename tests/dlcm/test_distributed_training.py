@@ -194,6 +194,11 @@ def test_shares_are_whole_windows_and_sum_to_the_batch(tmp_path):
             (5, 8, 1, "gpu3", 20077),
         ),
         (
+            {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_JOB_NODELIST": "gpu3"}
+            | {"SLURM_JOB_ID": "77", "SLURM_STEP_NUM_NODES": "1"},
+            (1, 2, 1, "127.0.0.1", 20077),
+        ),
+        (
             {"SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_LOCALID": "1"}
             | {"SUBMITIT_LOCAL_JOB_ID": "9"},
             (1, 2, 1, "127.0.0.1", 20009),
