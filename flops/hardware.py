@@ -20,7 +20,7 @@ from flops.count import FlopCount
 from flops.memory import Memory, largest_micro_batch, memory
 
 # Reported for large models: 38-43 % for 405B parameters on up to 16,384 H100 (Llama 3, arXiv 2407.21783, table 4), 46 % for PaLM
-# 540B (arXiv 2204.02311). This code runs eagerly by default and on one device, so the estimate stays below them.
+# 540B (arXiv 2204.02311). This code runs eagerly by default, so the estimate stays below them.
 DEFAULT_MFU = 0.35
 # Smaller models reach a fraction of it: their matrix products are too small for the device.
 DEFAULT_MFU_FROM_PARAMETERS = 1e8

@@ -25,7 +25,7 @@ from flops.hardware import recognise
 
 @dataclass(frozen=True)
 class Speed:
-    """Speed of a finished run on one device.
+    """Speed of a finished run, over all its devices.
 
     Attributes:
         device: as recorded; the processor where that is known.
@@ -33,7 +33,7 @@ class Speed:
         tokens_per_s_overall: over all of `wall_s`.
         flop_per_s: model FLOPs of training, at the speed of steps.
         flop_per_s_overall: the same overall.
-        peak_flops: of the device in the precision of the run; None where not known.
+        peak_flops: of all its devices in the precision of the run; None where not known.
         peak_source: datasheet, or the calibration that measured it.
         bf16: whether the run ran under bf16 autocast.
     """
@@ -83,8 +83,11 @@ def run_speed(run_dir: Path) -> Speed | None:
     steps = statistics.median(logged[1:] or logged) if logged else tokens / wall_s
     per_token = count(config.model, config.data.seq_len, result.get("tokens_per_concept_train")).training_per_token
     peak, source = _peak(device, environment, bf16)
+    name, n_ranks = environment.get("processor") or device if device == "cpu" else device, environment.get("n_ranks", 1)
+    if n_ranks > 1:
+        name, peak = f"{n_ranks} x {name}", None if peak is None else n_ranks * peak
     return Speed(
-        device=environment.get("processor") or device if device == "cpu" else device,
+        device=name,
         tokens_per_s=steps,
         tokens_per_s_overall=tokens / wall_s,
         flop_per_s=per_token * steps,

@@ -178,6 +178,11 @@ def _warnings(plan: "Plan", hardware: Hardware, estimates: Sequence[Estimate]) -
             f"{_n(len(late), n)} not end within cluster.time = {cluster.time} (longest {format_hours(longest)}): raise it, or "
             "count on resuming from checkpoints"
         )
+    if hardware.n_devices > 1:
+        yield (
+            f"hours assume that {hardware.n_devices} devices share each run without loss, which has not been measured; "
+            "price and energy are for all of them"
+        )
     defaulted = device.is_gpu and hardware.mfu is None
     small = [
         run

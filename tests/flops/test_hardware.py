@@ -327,6 +327,17 @@ def test_the_mfu_of_a_finished_run_is_its_flops_over_the_peak(tmp_path):
     assert "H100" in format_speed(speed)
 
 
+def test_the_mfu_of_several_devices_is_over_the_peak_of_all(tmp_path):
+    folder = finished(tmp_path, run(DLCM), device="NVIDIA H100 80GB HBM3")
+    one = run_speed(folder)
+    write_json(folder / "env.json", {"device": "NVIDIA H100 80GB HBM3", "threads": 1, "n_ranks": 4})
+    four = run_speed(folder)
+    assert one is not None
+    assert four is not None
+    assert four.mfu == pytest.approx(one.mfu / 4)
+    assert "4 x NVIDIA H100" in format_speed(four)
+
+
 def test_the_peak_of_a_processor_is_known_where_it_was_calibrated(tmp_path, cache):
     folder = finished(tmp_path / "run", run(DLCM), processor="Test CPU @ 3.0")
     speed = run_speed(folder)

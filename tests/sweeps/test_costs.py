@@ -155,9 +155,10 @@ def test_what_stands_in_the_way_is_told():
         budgets={"tokens": ["20B"]},
     )
     costs = costed(slow)
-    memory_line, time_line, mfu_line = costs.warnings
+    memory_line, time_line, devices_line, mfu_line = costs.warnings
     assert "3 of 3 runs do not fit the 40 GB of A100-40GB" in memory_line
     assert "cluster.time = 1:00:00" in time_line
+    assert "2 devices share each run without loss" in devices_line
     assert "fewer than 100M parameters" in mfu_line
     most = int(memory_line.split("micro_batch_tokens to ")[1].split(" ")[0].replace(",", ""))
     fitting = planned(
