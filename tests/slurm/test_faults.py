@@ -10,13 +10,13 @@ import time
 
 import pytest
 
-from dlcm.record import read_json, write_json
+from dlcm.record import read_json, read_metrics, write_json
 from sweeps.collect import collect
 from sweeps.control import cancel
 from sweeps.launch import launch
 from sweeps.store import load_sweep, save_sweep
 from sweeps.watch import take_snapshot, watch
-from tests.slurm.cluster import loopback_cluster, why_not
+from tests.slurm.cluster import loopback_cluster, why_no_accounting, why_not
 from tests.sweeps.test_launch import contents
 from tests.sweeps.tiny import make_plan
 
@@ -83,9 +83,9 @@ class Faults:
         self.cluster.client(["scontrol", "requeue", self.status(run_id)["job_id"]])
 
     def node(self, run_id):
-        self.cluster.kill_node()
-        time.sleep(3)
-        self.cluster.start_node()
+        self.cluster.kill_node("node1")
+        time.sleep(2)
+        self.cluster.start_node("node1")
 
     def crash(self, run_id):
         pid = self.status(run_id)["pid"]
@@ -128,3 +128,30 @@ def test_twelve_runs_through_every_fault_end_as_specified_and_the_finished_ones_
     assert frame.loc[sorted(finished), "loss_nats"].notna().all()
     assert frame.loc[[other.run_id, cancelled, crashed], "loss_nats"].isna().all()
     assert read_json(folder / faults.victims["requeue"] / "status.json")["starts"] >= 2
+
+
+def test_a_run_moves_to_another_node_when_its_machine_dies_with_accounting_where_there_is_some(tmp_path, monkeypatch):
+    plan = make_plan(tmp_path, steps=300, seeds=(0,), cluster={"time": "10"})
+    launch(plan, tmp_path / "reference", "debug", threads=1)
+    with loopback_cluster(nodes=2, cpus=1, accounting=why_no_accounting() is None) as cluster:
+        monkeypatch.setenv("SLURM_CONF", str(cluster.config))
+        folder = tmp_path / "s"
+        (job,) = launch(plan, folder, "slurm", threads=1).job_ids
+        (run,) = load_sweep(folder).runs
+        deadline = time.monotonic() + WAIT_S
+        while len(read_metrics(run.path / "metrics.jsonl", running=True)) < 30:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        node = cluster.client(["squeue", "-h", "-j", job, "-o", "%N"]).strip()
+        cluster.kill_node(node, jobs=True)
+        died = time.monotonic()
+        while take_snapshot(folder).states[0].status != "lost":  # SLURM still believes that the job runs
+            assert time.monotonic() < died + 5, take_snapshot(folder).states
+        while not (snapshot := take_snapshot(folder)).is_over:
+            assert time.monotonic() < deadline, snapshot.states
+            time.sleep(0.2)
+        assert snapshot.states[0].status == "finished", snapshot.states
+        assert contents(folder) == contents(tmp_path / "reference")
+        assert read_json(run.path / "env.json")["slurm"]["SLURM_RESTART_COUNT"] == "1"
+        if cluster.accounting:
+            assert "COMPLETED" in cluster.client(["sacct", "-n", "-X", "-o", "State"])
