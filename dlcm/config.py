@@ -5,6 +5,7 @@ Symbols of the paper beside the names used here: d_token = d, d_concept = D (wid
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,8 @@ import pydantic
 from pydantic import Field
 
 SCHEMA_VERSION = 1
+# The last share of the steps, over which the realised R in training is averaged.
+FINAL_SHARE = 0.1
 
 Detector = Literal["learned", "cosine", "fixed", "random", "delimiter_word", "delimiter_sentence"]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -193,6 +196,11 @@ class OptimConfig(Frozen):
         default="wsd", description="warm-up, stable, decay; or warm-up and cosine"
     )
     warmup_share: Share = Field(default=0.05, description="share of the tokens spent warming up")
+    warmup_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        description="tokens spent warming up, in place of `warmup_share`: runs of unequal length then begin alike, and can share a trunk",
+    )
     decay_share: Share = Field(default=0.2, description="share of the tokens in the final linear decay of `wsd`")
     final_lr_ratio: Share = Field(default=0.0, description="learning rate at the end over the peak")
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0, description="Adam beta 1")
@@ -203,7 +211,7 @@ class OptimConfig(Frozen):
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> "OptimConfig":
-        if self.schedule == "wsd" and self.warmup_share + self.decay_share > 1.0:
+        if self.schedule == "wsd" and self.warmup_tokens is None and self.warmup_share + self.decay_share > 1.0:
             raise ValueError("warmup_share + decay_share is above 1; lower one of them")
         return self
 
@@ -260,6 +268,12 @@ class RunConfig(Frozen):
                 f"train.tokens = {train.tokens} is less than one step of batch_tokens = {train.batch_tokens}; "
                 "raise the budget or lower batch_tokens"
             )
+        decay = self.optim.decay_share * self.tokens if self.optim.schedule == "wsd" else 0.0
+        if self.optim.warmup_tokens is not None and self.optim.warmup_tokens > self.tokens - decay:
+            raise ValueError(
+                f"optim.warmup_tokens = {self.optim.warmup_tokens} reaches into the decay, which begins at "
+                f"{self.tokens - decay:.0f} tokens of {self.tokens}; lower it, or raise train.tokens"
+            )
         return self
 
     @property
@@ -271,6 +285,42 @@ class RunConfig(Frozen):
     def tokens(self) -> int:
         """Tokens that are trained on: whole steps."""
         return self.n_steps * self.train.batch_tokens
+
+    @property
+    def n_warmup_steps(self) -> float:
+        """Steps of the linear warm-up; whole or not."""
+        if self.optim.warmup_tokens is None:
+            return self.optim.warmup_share * self.n_steps
+        return self.optim.warmup_tokens / self.train.batch_tokens
+
+    @property
+    def n_stable_steps(self) -> int:
+        """Steps that do not depend on where the run ends: those before the decay of `wsd` and before the last tenth, over
+        which R in training is averaged. 0 for `cosine`, and where the warm-up is a share of the run.
+        """
+        if self.optim.schedule != "wsd" or self.optim.warmup_tokens is None:
+            return 0
+        return min(
+            self.n_steps - math.ceil(self.optim.decay_share * self.n_steps - 1e-9), self.n_steps - self.n_final_steps
+        )
+
+    @property
+    def n_final_steps(self) -> int:
+        """Steps at the end over which the realised R in training is averaged."""
+        return max(round(FINAL_SHARE * self.n_steps), 1)
+
+    @property
+    def trunk(self) -> str | None:
+        """Hash of all that the first `n_stable_steps` depend on; runs that agree in it agree in those steps. None where 0.
+
+        It leaves out how long the run is, and how it decays.
+        """
+        if self.n_stable_steps == 0:
+            return None
+        blocks = self.model_dump(mode="json")
+        del blocks["train"]["tokens"], blocks["optim"]["decay_share"], blocks["optim"]["final_lr_ratio"]
+        del blocks["data"]["validation_tokens"]
+        return hashlib.sha256(canonical_json(blocks).encode()).hexdigest()
 
     @property
     def run_id(self) -> str:

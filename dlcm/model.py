@@ -39,6 +39,7 @@ from dlcm.layers import (
     concept_block,
     token_block,
 )
+from dlcm.loss import linear_cross_entropy
 
 # Taps of the causal smoother over concepts, the own one included.
 SMOOTHER_WIDTH = 4
@@ -49,11 +50,13 @@ class Output:
     """What a forward pass returns; the leading shape is that of the tokens.
 
     Attributes:
-        logits: (..., V), in the compute dtype.
+        logits: (..., V), in the compute dtype; (..., 0) where targets were given.
         boundaries: bool; every token for a dense model.
         boundary_prob: p_t; ones for a dense model.
         segments: the concepts, packed; None for a dense model and with a cache.
         detection: scores and statistics of the detector; None for a dense model or injected boundaries.
+        loss_sum: sum of the cross-entropies in nats, differentiable; None without targets.
+        nats: cross-entropy of each token, without gradient, like the tokens; None without targets.
     """
 
     logits: Tensor
@@ -61,6 +64,8 @@ class Output:
     boundary_prob: Tensor
     segments: Segments | None
     detection: Boundaries | None
+    loss_sum: Tensor | None = None
+    nats: Tensor | None = None
 
     @property
     def n_concepts(self) -> int:
@@ -183,6 +188,7 @@ class Model(nn.Module):
         draws: Tensor | None = None,
         cache: Cache | None = None,
         lengths: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> Output:
         """Predict the next token everywhere.
 
@@ -195,6 +201,7 @@ class Model(nn.Module):
             cache: what the rows have had so far (`new_cache`); it moves on.
             lengths: (B,), how many of the t tokens of each row are real, the others are padding on the right, whose logits
                 are zero; only with a cache. None is all.
+            targets: int64 like `tokens`: losses in place of logits, which are then never there as a whole; not with a cache.
 
         Returns:
             Output; its tensors lead with the shape of `tokens`.
@@ -216,13 +223,18 @@ class Model(nn.Module):
             concepts = self._concepts(x_TW, segments, detection)
             attends, reads = [attend] * len(self.decoder), [self._read(segments)] * self.config.n_cross_attentions
             x_TW = self._stack("decode")(x_TW, concepts, rotary, attends, reads)
-        logits_TV = self.head(x_TW)
+        if targets is None:
+            logits_TV, losses = self.head(x_TW), {}
+        else:
+            total, nats_T = linear_cross_entropy(self.last(x_TW), self.unembedding.weight, targets.flatten())
+            logits_TV, losses = x_TW[:, :0], {"loss_sum": total, "nats": nats_T.view(shape)}
         return Output(
             logits_TV.unflatten(0, shape) if len(shape) > 1 else logits_TV,
             decision_T.view(shape),
             prob_T.view(shape),
             segments,
             detection,
+            **losses,
         )
 
     def new_cache(self, batch_size: int) -> Cache:
@@ -294,9 +306,13 @@ class Model(nn.Module):
             x_TW = block(x_TW, concepts, rotary, attend, read)
         return x_TW
 
+    def last(self, x_TW: Tensor) -> Tensor:
+        """Decoder states as the unembedding reads them: normed, by the multiplier (eq 21), since V is the larger width."""
+        return self.norm(x_TW) / self.config.mup_scale_token
+
     def head(self, x_TW: Tensor) -> Tensor:
-        """Logits (T, V) of the last states. The multiplier is applied to the states: V is the larger width."""
-        return self.unembedding(self.norm(x_TW) / self.config.mup_scale_token)
+        """Logits (T, V) of the last states."""
+        return self.unembedding(self.last(x_TW))
 
     def rotary(self, position_T: Tensor) -> Rotary:
         """Rotary embedding at these positions; tokens and concepts have heads of one width."""

@@ -73,8 +73,7 @@ def lr_factor(config: RunConfig, step: int) -> float:
     `wsd`: linear warm-up, constant, linear decay to `final_lr_ratio`. `cosine`: linear warm-up, then half a cosine.
     The first step has a positive rate and the last one ends above the final ratio, so that no step is wasted.
     """
-    optim, n_steps = config.optim, config.n_steps
-    n_warmup = optim.warmup_share * n_steps
+    optim, n_steps, n_warmup = config.optim, config.n_steps, config.n_warmup_steps
     warm = min(1.0, (step + 1) / n_warmup) if n_warmup else 1.0
     if optim.schedule == "wsd":
         n_decay = optim.decay_share * n_steps
@@ -82,4 +81,6 @@ def lr_factor(config: RunConfig, step: int) -> float:
     else:
         span = max(n_steps - n_warmup, 1.0)
         remaining = 0.5 * (1.0 + math.cos(math.pi * min(max(step - n_warmup, 0.0) / span, 1.0)))
+    if remaining == 1.0:  # to the bit, whatever the final ratio is
+        return warm
     return min(warm, optim.final_lr_ratio + (1.0 - optim.final_lr_ratio) * remaining)

@@ -28,6 +28,7 @@ import numpy as np
 from dlcm.config import DataConfig
 from dlcm.corpus import Source, open_source
 from dlcm.errors import UserError
+from dlcm.order import permute
 from dlcm.record import read_json, write_json
 from dlcm.tokens import Tokenizer, parse_tokenizer
 
@@ -73,7 +74,6 @@ class Split:
         """Wrap the arrays of one split."""
         self.name, self.tokens, self.offsets, self.n_bytes = name, tokens, offsets, n_bytes
         self.n_tokens, self.n_documents = len(tokens), len(offsets) - 1
-        self._orders: dict[tuple[int, int, int], np.ndarray] = {}
 
     def document(self, index: int) -> np.ndarray:
         """Ids of one document, its leading end of text included."""
@@ -98,7 +98,7 @@ class Split:
         index = np.empty_like(drawn)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            index[here] = self._order(seed, int(epoch), n_windows)[places[here]]
+            index[here] = permute(places[here], n_windows, seed, int(epoch))
         return self._cut(index * seq_len, seq_len)
 
     def windows(self, seq_len: int, max_tokens: int, batch_tokens: int = 2_048) -> Iterator[Batch]:
@@ -123,16 +123,6 @@ class Split:
                 + (", or a larger data.validation_share" if self.name == "validation" else "")
             )
         return n_windows
-
-    def _order(self, seed: int, epoch: int, n_windows: int) -> np.ndarray:
-        key = (seed, epoch, n_windows)
-        if key not in self._orders:
-            while len(self._orders) > 1:
-                self._orders.pop(next(iter(self._orders)))
-            # Raw Philox words and a stable sort give the same order under every numpy version.
-            words = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(n_windows)
-            self._orders[key] = np.argsort(words, kind="stable")
-        return self._orders[key]
 
     def _cut(self, starts_W: np.ndarray, seq_len: int) -> Batch:
         taken = np.stack([self.tokens[start : start + seq_len + 1] for start in starts_W]).astype(np.int64)

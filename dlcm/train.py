@@ -36,7 +36,6 @@ from dlcm.config import SCHEMA_VERSION, RunConfig
 from dlcm.distributed import Ranks, current_ranks
 from dlcm.errors import UserError
 from dlcm.micro_batch import micro_batches, most_micro_batches, shares, with_micro_batch
-from dlcm.model import next_token_loss
 from dlcm.optim import build_optimizer, lr_factor
 from dlcm.prepare import parameter_counts, prepare_model
 from dlcm.provenance import describe_environment
@@ -47,8 +46,6 @@ from dlcm.shards import Corpus, open_corpus
 from dlcm.tally import StepSums, Tally
 from dlcm.validation import calibrate_threshold, evaluate_loss
 
-# The last share of steps over which the realised R in training is averaged.
-FINAL_SHARE = 0.1
 # Weight of the past in the running loss that decides about divergence.
 _RUNNING_LOSS_DECAY = 0.9
 
@@ -303,8 +300,9 @@ class _Trainer:
         tokens_T, targets_T, cu_seqlens, draws_T = part
         n_tokens = self.config.train.batch_tokens
         with self.autocast:
-            out = self.model(tokens_T, cu_seqlens=cu_seqlens, draws=draws_T)
-        loss_sum = next_token_loss(out, targets_T, reduction="sum")
+            out = self.model(tokens_T, cu_seqlens=cu_seqlens, draws=draws_T, targets=targets_T)
+        loss_sum = out.loss_sum
+        assert loss_sum is not None
         # The mean over the ranks is the gradient of the global batch, whatever share of it a rank has.
         objective = loss_sum * (self.ranks.world_size / n_tokens)
         boundary = self.config.model.boundary
@@ -336,7 +334,7 @@ class _Trainer:
         tally.boundary_sum += n_concepts
         tally.prob_sum += float(statistics.prob) * n_tokens
         tally.n_tokens += n_tokens
-        if self.step >= self.config.n_steps - max(round(FINAL_SHARE * self.config.n_steps), 1):
+        if self.step >= self.config.n_steps - self.config.n_final_steps:
             tally.final_tokens += n_tokens
             tally.final_concepts += n_concepts
 

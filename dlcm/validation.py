@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dlcm.config import RunConfig
 from dlcm.domains import DOMAINS, StreamLabels
-from dlcm.model import Model, Output, next_token_loss
+from dlcm.model import Model, Output
 from dlcm.shards import Batch, Corpus, Split
 
 # Tokens of one validation forward pass.
@@ -89,8 +89,8 @@ def evaluate_loss(
     sums, labels, n_bytes = _DomainSums(), StreamLabels(corpus.validation, corpus.tokenizer), 0
     for batch, tokens_T, targets_T, cu_seqlens in _fixed_batches(model, corpus.validation, config):
         with autocast or torch.autocast(tokens_T.device.type, enabled=False):
-            out = model(tokens_T, cu_seqlens=cu_seqlens)
-        sums.add(batch, out, targets_T, labels, corpus.tokenizer.eot_id)
+            out = model(tokens_T, cu_seqlens=cu_seqlens, targets=targets_T)
+        sums.add(batch, out, labels, corpus.tokenizer.eot_id)
         n_bytes += corpus.target_bytes(batch)
     n_tokens, n_concepts, nats = int(sums.tokens.sum()), int(sums.concepts.sum()), float(sums.nats.sum())
     return Validation(
@@ -107,14 +107,15 @@ class _DomainSums:
     targets: np.ndarray = field(default_factory=lambda: np.zeros(len(DOMAINS), np.int64))
     nats: np.ndarray = field(default_factory=lambda: np.zeros(len(DOMAINS)))
 
-    def add(self, batch: Batch, out: Output, targets_T: Tensor, labels: StreamLabels, eot_id: int) -> None:
+    def add(self, batch: Batch, out: Output, labels: StreamLabels, eot_id: int) -> None:
         """Add one batch. What is read and what is predicted are one token apart, so they have labels of their own."""
         seq_len = len(batch.tokens_T) // len(batch.windows)
         labels_WS = labels[batch.windows[:, None] + np.arange(seq_len + 1)]
         read_T, predicted_T = labels_WS[:, :-1].reshape(-1), labels_WS[:, 1:].reshape(-1)
         # An end of text opens the next document where it is read; where it is predicted it closes the one before.
         predicted_T = np.where(batch.targets_T == eot_id, read_T, predicted_T)
-        nats_T = next_token_loss(out, targets_T, reduction="none").double().cpu().numpy()
+        assert out.nats is not None
+        nats_T = out.nats.double().cpu().numpy()
         n = len(DOMAINS)
         self.tokens += np.bincount(read_T, minlength=n)
         self.concepts += np.bincount(read_T[out.boundaries.cpu().numpy()], minlength=n)

@@ -1,7 +1,7 @@
 """Axes over config fields by dotted path and over design variables; their expansion into points.
 
-A point is a flat mapping: dotted path of a `RunConfig` field, or one of the design variables `size` and `concept_share`,
-which name no field because the shape solver turns them into several.
+A point is a flat mapping: dotted path of a `RunConfig` field, or one of the design variables `size`, `concept_share` and
+`parametrization`, which name no field because several follow from them.
 """
 
 import difflib
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Names that stand for a config field: one way to write it, one way to store it.
 ALIASES = {"compression_ratio": "model.boundary.compression_ratio", "boundary": "model.boundary.detector"}
 # Names that the shape solver consumes.
-DESIGN = ("size", "concept_share")
+DESIGN = ("size", "concept_share", "parametrization")
 # Keys whose values may be written as 0.3M.
 COUNTS = ("size", "train.tokens", "train.batch_tokens", "train.micro_batch_tokens")
 _UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}

@@ -227,6 +227,8 @@ def _check_given(sweep: "Sweep") -> None:
         )
     if sweep.budgets is not None and "train.tokens" in keys:
         raise UserError(f"{sweep.where}: both budgets and train.tokens set the length of the runs; keep one")
+    if sweep.warmup.rule != "fixed" and (given := keys & {"optim.warmup_tokens", "optim.warmup_share"}):
+        raise UserError(f"{sweep.where}: both warmup (rule: parameters) and {min(given)} set the warm-up; keep one")
     if sweep.batch.rule != "fixed" and "train.batch_tokens" in keys | {*(baseline.set if baseline else ())}:
         raise UserError(
             f"{sweep.where}: both batch (rule: {sweep.batch.rule}) and train.batch_tokens set the batch; keep one"
@@ -239,7 +241,7 @@ def _runs_of(shared: Shared, values: Point) -> Iterator[PlannedRun]:
     rest = unflatten({k: v for k, v in values.items() if k not in DESIGN and not k.startswith("model.")})
     model = shared.model(values, where)
     data = shared.block("data", DataConfig, rest.get("data", {}), where)
-    optim = shared.block("optim", OptimConfig, rest.get("optim", {}), where)
+    optim = shared.optim(rest.get("optim", {}), model.params.non_embedding, where)
     flops = shared.flops(model, data.config.seq_len)
     given = rest.get("train", {})
     if budgets is None:

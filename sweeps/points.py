@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from dlcm.config import DataConfig, Frozen, ModelConfig, RunConfig, canonical_json
-from dlcm.errors import UserError, parse
+from dlcm.config import DataConfig, Frozen, ModelConfig, OptimConfig, RunConfig, canonical_json
+from dlcm.errors import UserError, nearest, parse
 from flops import FlopCount, ParamCount, count, parameters
 from sweeps.axes import ALIASES, DESIGN, label, parse_count, unflatten
 from sweeps.shapes import SHAPE_FIELDS, Parts, dense_shape, dlcm_shape
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # muP: widths at which the learning rates of a sweep hold, unless base.model names others. One base for all its shapes.
 D_TOKEN_BASE = 64
 D_CONCEPT_BASE = 64
+# `mup`: learning rates, initial weights and logits scale with the widths (eqs 18-21); `standard`: one rate for all widths.
+PARAMETRIZATIONS = ("mup", "standard")
 
 _RATIO, _DETECTOR = ALIASES["compression_ratio"], ALIASES["boundary"]
 # What only a DLCM has, so that a dense baseline drops it.
@@ -80,6 +82,18 @@ class Shared:
             config = parse(kind, values, where, name)
             found = self._blocks[key] = Block(config, canonical_json(config))
         return found
+
+    def optim(self, values: Mapping[str, Any], non_embedding: int, where: str) -> Block[OptimConfig]:
+        """The optimizer of a point: what is given, and the warm-up by the sweep's rule.
+
+        Raises:
+            UserError: a value that its field refuses.
+        """
+        given = self.block("optim", OptimConfig, values, where)
+        if self.sweep.warmup.rule == "fixed":
+            return given
+        warmup = self.sweep.warmup.tokens(non_embedding)
+        return self.block("optim", OptimConfig, {**values, "warmup_tokens": warmup}, where)
 
     def model(self, values: Point, where: str) -> PlannedModel:
         """The model of a point: what is given, the shape of its size, and what the sweep fixes.
@@ -178,10 +192,23 @@ def _model_values(sweep: "Sweep", values: Point, where: str) -> dict[str, Any]:
         model["vocab_size"] = _vocab_size(tokenizer)
         if model["vocab_size"] is None:
             raise UserError(f"{where}: the vocabulary of {tokenizer!r} is only known to the hub; give model.vocab_size")
-    model.setdefault("d_token_base", D_TOKEN_BASE)
-    if not dense:
-        model.setdefault("d_concept_base", D_CONCEPT_BASE)
+    _set_bases(values, model, dense, where)
     return model
+
+
+def _set_bases(values: Point, model: dict[str, Any], dense: bool, where: str) -> None:
+    """The muP base widths: one pair for all shapes of a sweep; the own widths of each where it is parametrised as usual."""
+    kind = values.get("parametrization", "mup")
+    if kind not in PARAMETRIZATIONS:
+        raise UserError(f"{where}: parametrization = {kind!r}{nearest(str(kind), PARAMETRIZATIONS)}; mup or standard")
+    bases = {"d_token_base": D_TOKEN_BASE} | ({} if dense else {"d_concept_base": D_CONCEPT_BASE})
+    for name, width in bases.items():
+        if kind == "mup":
+            model.setdefault(name, width)
+        elif name in model:
+            raise UserError(f"{where}: parametrization: standard has no base width; remove model.{name}")
+        else:
+            model[name] = model.get(name.removesuffix("_base"), 1)
 
 
 def _shape(sweep: "Sweep", values: Point, model: dict[str, Any], dense: bool, where: str) -> dict[str, int]:

@@ -1,16 +1,14 @@
-"""Two rules of a sweep: how many tokens a step takes, and how short a run may be. No torch."""
+"""Rules of a sweep: how many tokens a step and the warm-up take, and how short a run may be. No torch."""
 
 import math
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from dlcm.config import Frozen, OptimConfig, RunConfig
+from dlcm.config import FINAL_SHARE, Frozen, OptimConfig, RunConfig
 
 PUBLISHED_BATCH = {"tokens": (0.58, 0.571), "flops": (0.2920, 0.3271)}
 """Coefficient and exponent of published laws of the best batch, in tokens; `BatchRule` has their sources."""
-
-_FINAL_SHARE = 0.1  # of the steps, over which a run's realised R in training is averaged (dlcm.train)
 
 
 class BatchRule(Frozen):
@@ -60,6 +58,25 @@ class BatchRule(Frozen):
         return max(1, math.floor(coefficient * x**exponent / unit + 0.5)) * unit
 
 
+class WarmupRule(Frozen):
+    """How many tokens the warm-up takes.
+
+    `fixed` takes what `optim.warmup_tokens` or `optim.warmup_share` say. `parameters` takes coefficient x N tokens, with N the
+    non-embedding parameters (N tokens: Porian et al. 2024, arXiv 2406.19146, who found that a warm-up that is long beside
+    the model bends the law of small models). It does not depend on the length of a run: runs of one model differ in
+    their decay alone, and under `wsd` share a trunk.
+    """
+
+    rule: Literal["fixed", "parameters"] = Field(
+        default="fixed", description="`fixed`: as `optim` says; `parameters`: by N"
+    )
+    coefficient: float = Field(default=1.0, gt=0, description="tokens per non-embedding parameter")
+
+    def tokens(self, non_embedding: int) -> int:
+        """Tokens of the warm-up of a model under the rule `parameters`."""
+        return round(self.coefficient * non_embedding)
+
+
 class Minimum(Frozen):
     """How short a run may be. A plan with a shorter one is refused: its loss says more of the schedule than of the model."""
 
@@ -77,7 +94,8 @@ class Minimum(Frozen):
         """The least number of steps under a schedule."""
         if self.steps is not None:
             return self.steps
-        shares = (_FINAL_SHARE, optim.warmup_share, optim.decay_share if optim.schedule == "wsd" else 0.0)
+        warmup_share = optim.warmup_share if optim.warmup_tokens is None else 0.0
+        shares = (FINAL_SHARE, warmup_share, optim.decay_share if optim.schedule == "wsd" else 0.0)
         return max(math.ceil(1 / share - 1e-9) for share in shares if share > 0)
 
     def fault(self, config: RunConfig, non_embedding: int) -> str:

@@ -11,6 +11,7 @@
       list: [{model.pooling: mean}, {model.pooling: first}]                    # as written
     budgets: {flops: [1e12, 3e12]}                                             # or tokens, or tokens_per_parameter
     batch: {rule: power, of: tokens}                                           # a published law in place of train.batch_tokens
+    warmup: {rule: parameters}                                                 # as many tokens as parameters
     minimum: {steps: 100, tokens_per_parameter: 1}                             # shorter runs are refused
     baseline: {match: parameters}                                              # the dense model at each size
     evaluate: [corpus, ../data/openbook_qa.jsonl]
@@ -31,7 +32,7 @@ from dlcm.config import Frozen
 from dlcm.errors import UserError, parse
 from sweeps.axes import COUNTS, DESIGN, check_paths, flatten, parse_count
 from sweeps.cluster_config import ClusterConfig as ClusterConfig
-from sweeps.rules import BatchRule, Minimum
+from sweeps.rules import BatchRule, Minimum, WarmupRule
 from sweeps.shapes import ShapeRule
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -132,6 +133,7 @@ class Sweep(Frozen):
     axes: Axes = Axes()
     budgets: Budgets | None = Field(default=None, description="lengths of the runs; train.tokens where absent")
     batch: BatchRule = Field(default=BatchRule(), description="tokens of a step; train.batch_tokens by default")
+    warmup: WarmupRule = Field(default=WarmupRule(), description="tokens of the warm-up; what optim says by default")
     minimum: Minimum = Field(default=Minimum(), description="steps and tokens per parameter that a run must have")
     baseline: Baseline | None = Field(default=None, description="dense models to compare with")
     evaluate: tuple[str, ...] = Field(default=(), description="tasks for every finished run: a name, or a .jsonl file")

@@ -1,0 +1,86 @@
+"""Cross-entropy over a large vocabulary without the logits of the whole batch.
+
+At a vocabulary of 128,815 the fp32 logits of 8,192 tokens take 4.2 GB, and their softmax and its gradient as much each. Here a few
+rows at a time go through unembedding, softmax and the gradient of both, which the forward pass can compute at once: the sum of
+the losses reaches the objective by one factor, which the backward pass multiplies in. The cost is that of the usual way, three
+products with the unembedding; nothing is computed twice.
+
+Shape legend: T tokens, c tokens of a chunk, W token width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Logits of a chunk: what the caches of a processor hold, and what keeps a GPU busy.
+_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+
+def linear_cross_entropy(x_TW: Tensor, weight_VW: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of softmax(x W') against the targets, in nats, computed in at least fp32.
+
+    Products are taken in the compute dtype (that of autocast where it is on), softmax and sums in fp32 or float64.
+
+    Args:
+        x_TW: states.
+        weight_VW: unembedding.
+        targets_T: int64, the right token of each.
+
+    Returns:
+        The sum over the tokens, differentiable once in x and W; and the loss of each token, (T,), which carries no gradient.
+    """
+    dtype = x_TW.dtype
+    if torch.is_autocast_enabled(x_TW.device.type):
+        dtype = torch.get_autocast_dtype(x_TW.device.type)
+    grad = torch.is_grad_enabled() and (x_TW.requires_grad or weight_VW.requires_grad)
+    return _LinearCrossEntropy.apply(x_TW, weight_VW, targets_T, dtype, grad)
+
+
+def chunk_rows(n_tokens: int, vocab_size: int, device: str) -> int:
+    """Tokens whose logits are held at once."""
+    return max(1, min(n_tokens, _CHUNK_ELEMENTS.get(device, _CHUNK_ELEMENTS["cuda"]) // vocab_size))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TW: Tensor, weight_VW: Tensor, targets_T: Tensor, dtype: torch.dtype, grad: bool
+    ) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x_TW.device.type, enabled=False):
+            narrow_TW, narrow_VW = x_TW.to(dtype), weight_VW.to(dtype)
+            wide = torch.promote_types(dtype, torch.float32)
+            nats_T = torch.empty(x_TW.shape[0], dtype=wide, device=x_TW.device)
+            grad_TW = torch.empty_like(narrow_TW) if grad else None
+            grad_VW = torch.zeros_like(weight_VW, dtype=wide) if grad else None
+            rows = chunk_rows(x_TW.shape[0], weight_VW.shape[0], x_TW.device.type)
+            for start in range(0, x_TW.shape[0], rows):
+                part = slice(start, start + rows)
+                x_cW = narrow_TW[part]
+                logits_cV = (x_cW @ narrow_VW.T).to(wide)
+                target_c1 = targets_T[part, None]
+                log_sum_c = logits_cV.logsumexp(1)
+                nats_T[part] = log_sum_c - logits_cV.gather(1, target_c1)[:, 0]
+                if grad_TW is None or grad_VW is None:
+                    continue
+                # The gradient of the sum in the logits: softmax, less one at the target.
+                delta_cV = logits_cV.sub_(log_sum_c[:, None]).exp_()
+                delta_cV.scatter_add_(1, target_c1, torch.full_like(log_sum_c, -1.0)[:, None])
+                delta_cV = delta_cV.to(dtype)
+                torch.mm(delta_cV, narrow_VW, out=grad_TW[part])
+                if dtype == wide:
+                    grad_VW.addmm_(delta_cV.T, x_cW)
+                else:
+                    grad_VW += delta_cV.T @ x_cW
+        if grad:
+            ctx.save_for_backward(grad_TW, grad_VW)
+            ctx.dtypes = x_TW.dtype, weight_VW.dtype
+        ctx.mark_non_differentiable(nats_T)
+        return nats_T.sum(), nats_T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        grad_TW, grad_VW = ctx.saved_tensors
+        of_x, of_weight = ctx.dtypes
+        return (grad_TW * grad_sum).to(of_x), (grad_VW * grad_sum).to(of_weight), None, None, None
