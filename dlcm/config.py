@@ -199,7 +199,8 @@ class OptimConfig(Frozen):
     warmup_tokens: int | None = Field(
         default=None,
         ge=0,
-        description="tokens spent warming up, in place of `warmup_share`: runs of unequal length then begin alike, and can share a trunk",
+        description="tokens spent warming up, in place of `warmup_share`: runs of unequal length then begin alike, and share a "
+        "trunk",
     )
     decay_share: Share = Field(default=0.2, description="share of the tokens in the final linear decay of `wsd`")
     final_lr_ratio: Share = Field(default=0.0, description="learning rate at the end over the peak")
@@ -233,6 +234,10 @@ class TrainConfig(Frozen):
         default=1.5,
         gt=1.0,
         description="diverged when the running loss exceeds this many times ln(vocabulary), or is not finite",
+    )
+    measure_stable: bool = Field(
+        default=False,
+        description="measure the validation loss also where the decay of `wsd` begins, for the law of the decay's gain (eq 23)",
     )
     compile: bool = Field(
         default=False, description="compile the stacks with torch.compile; needs a C++ compiler, or a GPU"
@@ -294,15 +299,22 @@ class RunConfig(Frozen):
         return self.optim.warmup_tokens / self.train.batch_tokens
 
     @property
+    def decay_begins(self) -> int | None:
+        """The step before which the decay of `wsd` begins; None for other schedules and without a decay."""
+        if self.optim.schedule != "wsd":
+            return None
+        return self.n_steps - math.ceil(self.optim.decay_share * self.n_steps - 1e-9)
+
+    @property
     def n_stable_steps(self) -> int:
-        """Steps that do not depend on where the run ends: those before the decay of `wsd` and before the last tenth, over
-        which R in training is averaged. 0 for `cosine`, and where the warm-up is a share of the run.
+        """Steps that do not depend on where the run ends.
+
+        Those before the decay of `wsd` and before the last tenth, over which R in training is averaged. 0 for `cosine`, and
+        where the warm-up is a share of the run.
         """
-        if self.optim.schedule != "wsd" or self.optim.warmup_tokens is None:
+        if self.decay_begins is None or self.optim.warmup_tokens is None:
             return 0
-        return min(
-            self.n_steps - math.ceil(self.optim.decay_share * self.n_steps - 1e-9), self.n_steps - self.n_final_steps
-        )
+        return min(self.decay_begins, self.n_steps - self.n_final_steps)
 
     @property
     def n_final_steps(self) -> int:
@@ -318,7 +330,12 @@ class RunConfig(Frozen):
         if self.n_stable_steps == 0:
             return None
         blocks = self.model_dump(mode="json")
-        del blocks["train"]["tokens"], blocks["optim"]["decay_share"], blocks["optim"]["final_lr_ratio"]
+        del (
+            blocks["train"]["tokens"],
+            blocks["train"]["measure_stable"],
+            blocks["optim"]["decay_share"],
+            blocks["optim"]["final_lr_ratio"],
+        )
         del blocks["data"]["validation_tokens"]
         return hashlib.sha256(canonical_json(blocks).encode()).hexdigest()
 

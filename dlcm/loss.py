@@ -1,9 +1,9 @@
 """Cross-entropy over a large vocabulary without the logits of the whole batch.
 
-At a vocabulary of 128,815 the fp32 logits of 8,192 tokens take 4.2 GB, and their softmax and its gradient as much each. Here a few
-rows at a time go through unembedding, softmax and the gradient of both, which the forward pass can compute at once: the sum of
-the losses reaches the objective by one factor, which the backward pass multiplies in. The cost is that of the usual way, three
-products with the unembedding; nothing is computed twice.
+At a vocabulary of 128,815 the fp32 logits of 8,192 tokens take 4.2 GB, and their softmax and its gradient as much each. Here a
+few rows at a time go through unembedding, softmax and the gradient of both, which the forward pass can compute at once: the sum
+of the losses reaches the objective by one factor, which the backward pass multiplies in. The cost is that of the usual way,
+three products with the unembedding; nothing is computed twice.
 
 Shape legend: T tokens, c tokens of a chunk, W token width, V vocabulary.
 """

@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,11 @@ def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
     """Append one line to a metrics log with a single write."""
     with path.open("ab") as file:
         file.write((json.dumps(row) + "\n").encode())
+
+
+def begin_metrics(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Begin a metrics log with these lines, whole or not at all."""
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_metrics(path: Path, *, running: bool = False) -> list[dict[str, Any]]:

@@ -20,11 +20,16 @@ class Result:
         tokens_per_concept_uncalibrated: what R on the validation set would be under a threshold set on training text.
         epochs: how often the training split was gone through.
         params: counts by group.
-        wall_s: seconds of training and evaluation, over all interruptions.
+        wall_s: seconds of training and evaluation of this run, over all interruptions, without those of a trunk.
         domains: the validation set by content, source code and prose apart, as in `dlcm.validation.Validation`; None also
             where an earlier version trained the run.
         micro_batch_tokens: tokens of one forward pass where it was set; smaller than in the config after
             an out-of-memory failure.
+        loss_nats_stable: validation loss where the decay of `wsd` begins, in nats per token (L_stable of eq 23); None where it
+            was not asked for (`train.measure_stable`).
+        trunk: run that it has its first steps from (`dlcm.trunk`); None where it was trained alone.
+        trunk_tokens: tokens of those steps.
+        trunk_wall_s: seconds that they took there.
     """
 
     run_id: str
@@ -43,6 +48,10 @@ class Result:
     reason: str | None = None
     domains: dict[str, dict[str, float | int | None]] | None = None
     micro_batch_tokens: int | None = None
+    loss_nats_stable: float | None = None
+    trunk: str | None = None
+    trunk_tokens: int = 0
+    trunk_wall_s: float = 0.0
     schema: int = SCHEMA_VERSION
 
 

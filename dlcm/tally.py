@@ -18,6 +18,10 @@ class Tally:
     running_loss: float | None = None
     uncalibrated: float | None = None
     wall_s: float = 0.0
+    stable_loss: float | None = None
+    trunk: str | None = None
+    trunk_tokens: int = 0
+    trunk_wall_s: float = 0.0
 
     def reset_interval(self) -> None:
         """Begin the next log interval."""

@@ -14,57 +14,21 @@ killed continues from its last checkpoint to the same bits (CPU, same number of 
 """
 
 import contextlib
-import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from dlcm.boundary import (
-    RateStatistics,
-    gather_scores,
-    global_statistics,
-    ratio_loss,
-    uniform_draws,
-)
-from dlcm.checkpoint import check_corpus, corpus_record, load_checkpoint, save_checkpoint
 from dlcm.config import SCHEMA_VERSION, RunConfig
-from dlcm.distributed import Ranks, current_ranks
+from dlcm.distributed import current_ranks
 from dlcm.errors import UserError
-from dlcm.micro_batch import micro_batches, most_micro_batches, shares, with_micro_batch
-from dlcm.optim import build_optimizer, lr_factor
-from dlcm.prepare import parameter_counts, prepare_model
-from dlcm.provenance import describe_environment
-from dlcm.record import append_metrics, cut_metrics, read_json, run_lock, write_json
+from dlcm.micro_batch import shares, with_micro_batch
+from dlcm.record import read_json, run_lock, write_json
 from dlcm.result import Result as Result
 from dlcm.result import load_result as load_result
-from dlcm.shards import Corpus, open_corpus
-from dlcm.tally import StepSums, Tally
-from dlcm.validation import calibrate_threshold, evaluate_loss
-
-# Weight of the past in the running loss that decides about divergence.
-_RUNNING_LOSS_DECAY = 0.9
-
-
-class StopTraining(Exception):
-    """Raised by `on_step` to end the training after the step: a checkpoint is saved first, a later start goes on from it."""
-
-    reason = "told to stop"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands; passed to `on_step` after every step."""
-
-    step: int
-    n_steps: int
-    tokens: int
-    loss_nats: float
-    tokens_per_s: float
+from dlcm.shards import Corpus
+from dlcm.trainer import Progress as Progress
+from dlcm.trainer import StopTraining as StopTraining
+from dlcm.trainer import Trainer
 
 
 def train(
@@ -74,6 +38,8 @@ def train(
     on_step: Callable[[Progress], None] | None = None,
     guard: Callable[[], None] = lambda: None,
     micro_batch_tokens: int | None = None,
+    trunk: Path | None = None,
+    keep: Collection[int] = (),
 ) -> Result:
     """Train one run, or continue it, or return what it found.
 
@@ -84,6 +50,9 @@ def train(
         guard: called before every write into the directory; may raise to end a process that must not write any more.
         micro_batch_tokens: tokens of one forward pass in place of the config's, where memory does not suffice: the
             global batch and the run stay the same, up to rounding.
+        trunk: directory of a longer run that is the same up to where this one decays, and has kept its state there: the run
+            goes on from it, unless it has begun already (`dlcm.trunk`).
+        keep: steps, none beyond the last stable one, whose state is kept for shorter runs.
 
     Returns:
         The result, with status `finished`, or `diverged` with the reason: divergence is a result, not an error.
@@ -106,7 +75,8 @@ def train(
 
         if ranks.on_main(claim):
             return load_result(run_dir)
-        return _Trainer(config, run_dir, executed=executed, guard=guard, ranks=ranks).run(on_step)
+        trainer = Trainer(config, run_dir, executed=executed, guard=guard, ranks=ranks, trunk=trunk, keep=keep)
+        return trainer.run(on_step)
 
 
 def step_seconds(config: RunConfig, corpus: Corpus) -> Iterator[float]:
@@ -120,10 +90,10 @@ def step_seconds(config: RunConfig, corpus: Corpus) -> Iterator[float]:
         Wall seconds of each step, the drawing of its batch and the optimizer included. A step ends by reading results of
         its last operations, so on a GPU too the time is that of the work, not of its launch.
     """
-    trainer = _Trainer(config, Path(), corpus)
+    trainer = Trainer(config, Path(), corpus)
     while True:
         started = time.perf_counter()
-        trainer._train_step()
+        trainer.train_step()
         trainer.step += 1
         yield time.perf_counter() - started
 
@@ -136,261 +106,3 @@ def _claim(config: RunConfig, run_dir: Path) -> None:
             raise UserError(f"{path}: belongs to another run; choose a new run directory")
         return
     write_json(path, {"schema": SCHEMA_VERSION, "run_id": config.run_id, "config": config.model_dump(mode="json")})
-
-
-class _Trainer:
-    """State and steps of one run."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        run_dir: Path,
-        corpus: Corpus | None = None,
-        *,
-        executed: RunConfig | None = None,
-        guard: Callable[[], None] = lambda: None,
-        ranks: Ranks | None = None,
-    ) -> None:
-        self.config, self.run_dir, self.guard = config, run_dir, guard
-        self.ranks = ranks or Ranks()
-        self.executed = executed or config  # the same run, perhaps with other micro-batches
-        self.corpus = corpus or open_corpus(config.data)
-        self.device = torch.device(f"cuda:{self.ranks.local_rank}" if torch.cuda.is_available() else "cpu")
-        self.device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        bf16 = config.train.is_bf16(self.device.type)
-        self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
-        self.model = prepare_model(config, self.corpus).to(self.device)
-        if config.train.compile:
-            self.model.compile_stacks()
-        self.optimizer = build_optimizer(self.model, config.optim)
-        self.tally, self.step = Tally(), 0
-        self.metrics_path = run_dir / "metrics.jsonl"
-
-    def run(self, on_step: Callable[[Progress], None] | None) -> Result:
-        """Train from the last checkpoint, or from the start, to the end."""
-        check_corpus(self.run_dir, self.corpus)
-        self._restore()
-        environment = describe_environment(self.device_name, torch.get_num_threads())
-        facts = {
-            "corpus": corpus_record(self.corpus),
-            "micro_batch_tokens": self.executed.train.micro_batch_tokens,
-            "n_ranks": self.ranks.world_size,
-        }
-        self._write_json("env.json", {"schema": SCHEMA_VERSION, **environment, **facts})
-        clock = time.perf_counter()
-        reason = None
-        while self.step < self.config.n_steps and reason is None:
-            started = time.perf_counter()
-            loss, grad_norm = self._train_step()
-            self.step += 1
-            tokens_per_s = self.config.train.batch_tokens / (time.perf_counter() - started)
-            reason = self._divergence(loss, grad_norm)
-            last = self.step == self.config.n_steps
-            if last or reason or self.step % self.config.train.log_every == 0:
-                self._log(grad_norm, tokens_per_s)
-            if last and not reason:
-                self.tally.uncalibrated = calibrate_threshold(self.model, self.corpus, self.config, self.autocast)
-            saved = not reason and (last or self.step % self.config.train.checkpoint_every == 0)
-            if saved:
-                clock = self._save(clock)
-            fault = self._told(on_step, Progress(self.step, self.config.n_steps, self._tokens, loss, tokens_per_s))
-            if fault is not None:
-                if isinstance(fault, StopTraining) and not reason and not saved:
-                    self._save(clock)
-                raise fault
-        result = self._result(reason, self.tally.wall_s + time.perf_counter() - clock)
-        self._write_json("result.json", asdict(result))
-        return result
-
-    def _told(self, on_step: Callable[[Progress], None] | None, progress: Progress) -> Exception | None:
-        """Tell rank 0's caller how far it is; what the caller raises ends all ranks at this step."""
-        fault: Exception | None = None
-        if on_step is not None and self.ranks.is_main:
-            try:
-                on_step(progress)
-            except Exception as error:
-                fault = error
-        if self.ranks.world_size > 1:
-            (ended,) = self.ranks.sum(
-                [(1.0 if isinstance(fault, StopTraining) else 1e6) if fault else 0.0], self.device
-            )
-            if ended and fault is None:
-                fault = StopTraining("rank 0 was told to stop") if ended < 1e6 else UserError("rank 0 has ended")
-        return fault
-
-    def _write_json(self, name: str, data: dict[str, Any]) -> None:
-        if self.ranks.is_main:
-            self.guard()
-            write_json(self.run_dir / name, data)
-
-    @property
-    def _tokens(self) -> int:
-        return self.step * self.config.train.batch_tokens
-
-    def _restore(self) -> None:
-        state = load_checkpoint(self.run_dir, self.config)
-        if state is not None:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.tally = state["step"], Tally(**state["tally"])
-        if self.ranks.is_main:
-            cut_metrics(self.metrics_path, self.step)
-
-    def _save(self, clock: float) -> float:
-        """Save a checkpoint; `clock` is when the time since the one before began, and what comes back is when the next begins."""
-        now = time.perf_counter()
-        self.tally.wall_s += now - clock
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "tally": asdict(self.tally),
-        }
-        if self.ranks.is_main:
-            self.guard()
-            save_checkpoint(self.run_dir, self.step, self.config, state)
-        return now
-
-    def _train_step(self) -> tuple[float, float]:
-        """One optimizer step. Returns the language-model loss in nats per token and the gradient norm before clipping."""
-        config = self.config
-        self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * lr_factor(config, self.step)
-        batch = self.corpus.train.batch(
-            self.step, seed=config.seed, batch_tokens=config.train.batch_tokens, seq_len=config.data.seq_len
-        )
-        rank, n_ranks = self.ranks.rank, self.ranks.world_size
-        parts = [self._to_device(part) for part in micro_batches(batch, self.executed, rank, n_ranks)]
-        ahead = self._statistics_ahead(parts)
-        self.optimizer.zero_grad(set_to_none=True)
-        sums = StepSums()
-        for part in parts:
-            self._backward(part, ahead, sums)
-        self.ranks.average_gradients(self.model.parameters())
-        (sums.loss,) = self.ranks.sum([sums.loss], self.device) if n_ranks > 1 else (sums.loss,)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip_norm)
-        # A step along a gradient that is not finite would destroy the weights of a run whose divergence is a result.
-        if math.isfinite(float(norm)):
-            self.optimizer.step()
-        self._account(sums)
-        return sums.loss / config.train.batch_tokens, float(norm)
-
-    def _to_device(self, part: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        tokens_T, targets_T, cu_seqlens, position_T = (x.to(self.device, non_blocking=True) for x in part)
-        return tokens_T, targets_T, cu_seqlens, uniform_draws(self.config.seed, self.step, position_T)
-
-    def _statistics_ahead(self, parts: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> RateStatistics | None:
-        """F and G of the whole batch, before any gradient: with several micro-batches the encoder runs once more for it."""
-        if most_micro_batches(self.executed, self.ranks.world_size) == 1 or not self._has_ratio_loss:
-            return None
-        with self.autocast:
-            found = [self.model.detect(tokens_T, cu, draws_T) for tokens_T, _, cu, draws_T in parts]
-        n_boundaries = sum(detected.decision_T.sum() for detected in found)
-        prob_sum = torch.stack([detected.prob_T.sum() for detected in found]).sum()
-        return global_statistics(n_boundaries, prob_sum, sum(tokens_T.numel() for tokens_T, *_ in parts))
-
-    @property
-    def _has_ratio_loss(self) -> bool:
-        boundary = self.config.model.boundary
-        return boundary is not None and boundary.detector == "learned" and boundary.ratio_loss_weight > 0
-
-    def _backward(
-        self, part: tuple[Tensor, Tensor, Tensor, Tensor], ahead: RateStatistics | None, sums: StepSums
-    ) -> None:
-        tokens_T, targets_T, cu_seqlens, draws_T = part
-        n_tokens = self.config.train.batch_tokens
-        with self.autocast:
-            out = self.model(tokens_T, cu_seqlens=cu_seqlens, draws=draws_T, targets=targets_T)
-        loss_sum = out.loss_sum
-        assert loss_sum is not None
-        # The mean over the ranks is the gradient of the global batch, whatever share of it a rank has.
-        objective = loss_sum * (self.ranks.world_size / n_tokens)
-        boundary = self.config.model.boundary
-        if boundary is not None and self._has_ratio_loss:
-            prob_sum = out.boundary_prob.sum()
-            if ahead is None:
-                statistics = global_statistics(out.n_concepts, prob_sum, tokens_T.numel())
-            else:
-                statistics = ahead.through(prob_sum)
-            objective = objective + boundary.ratio_loss_weight * ratio_loss(statistics, boundary.compression_ratio)
-        objective.backward()
-        sums.loss += float(loss_sum.detach())
-        sums.concepts += out.n_concepts
-        sums.prob += float(out.boundary_prob.detach().double().sum())
-        sums.tokens += tokens_T.numel()
-        if out.detection is not None and out.detection.score_T is not None:
-            sums.scores.append(out.detection.score_T.detach())
-
-    def _account(self, sums: StepSums) -> None:
-        """Move the ratio controller and add the step to the running sums."""
-        tally = self.tally
-        prob_sum = torch.tensor(sums.prob, dtype=torch.float64, device=self.device)
-        statistics = global_statistics(sums.concepts, prob_sum, sums.tokens)
-        n_tokens, n_concepts = int(statistics.n_tokens), int(statistics.n_boundaries)
-        if sums.scores:
-            scores_T = gather_scores(torch.cat(sums.scores))
-            self.model.boundary.control(n_concepts / n_tokens, scores_T, first_step=self.step == 0)
-        tally.loss_sum += sums.loss
-        tally.boundary_sum += n_concepts
-        tally.prob_sum += float(statistics.prob) * n_tokens
-        tally.n_tokens += n_tokens
-        if self.step >= self.config.n_steps - self.config.n_final_steps:
-            tally.final_tokens += n_tokens
-            tally.final_concepts += n_concepts
-
-    def _divergence(self, loss: float, grad_norm: float) -> str | None:
-        """Why the run counts as diverged, or None."""
-        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
-            if not math.isfinite(value):
-                return f"{name} is {value} at step {self.step}"
-        before = self.tally.running_loss
-        running = loss if before is None else _RUNNING_LOSS_DECAY * before + (1 - _RUNNING_LOSS_DECAY) * loss
-        self.tally.running_loss = running
-        limit = self.config.train.divergence_factor * math.log(self.config.model.vocab_size)
-        if running > limit:
-            return (
-                f"running loss {running:.3f} nats is above {limit:.3f} (divergence_factor x ln V) at step {self.step}"
-            )
-        return None
-
-    def _log(self, grad_norm: float, tokens_per_s: float) -> None:
-        tally = self.tally
-        row: dict[str, Any] = {
-            "step": self.step,
-            "tokens": self._tokens,
-            "loss_nats": tally.loss_sum / tally.n_tokens,
-            "lr": self.config.optim.lr_token * lr_factor(self.config, self.step - 1),
-            "boundary_rate": tally.boundary_sum / tally.n_tokens,
-            "boundary_prob": tally.prob_sum / tally.n_tokens,
-            "boundary_offset": None if self.config.model.is_dense else self.model.boundary.controlled_offset,
-            "tokens_per_concept": tally.n_tokens / max(tally.boundary_sum, 1),
-            "tokens_per_s": round(tokens_per_s, 1),
-            "grad_norm": grad_norm,
-        }
-        finite = {k: None if v is None or not math.isfinite(v) else v for k, v in row.items()}
-        if self.ranks.is_main:
-            self.guard()
-            append_metrics(self.metrics_path, finite)
-        tally.reset_interval()
-
-    def _result(self, reason: str | None, wall_s: float) -> Result:
-        tally = self.tally
-        measured = None if reason else evaluate_loss(self.model, self.corpus, self.config, self.autocast)
-        return Result(
-            run_id=self.config.run_id,
-            status="diverged" if reason else "finished",
-            step=self.step,
-            tokens=self._tokens,
-            loss_nats=measured.loss_nats if measured else None,
-            bits_per_byte=measured.bits_per_byte if measured else None,
-            tokens_per_concept=measured.tokens_per_concept if measured else None,
-            tokens_per_concept_train=tally.final_tokens / tally.final_concepts if tally.final_concepts else None,
-            tokens_per_concept_uncalibrated=tally.uncalibrated,
-            epochs=self.corpus.train.epochs(self._tokens),
-            params=parameter_counts(self.model),
-            wall_s=round(wall_s, 3),
-            device=self.device_name,
-            reason=reason,
-            domains=measured.domains if measured else None,
-            micro_batch_tokens=self.executed.train.micro_batch_tokens,
-        )

@@ -45,6 +45,16 @@ def calibrate_threshold(
     return scores_T.numel() / n_concepts
 
 
+def stable_loss(model: Model, corpus: Corpus, config: RunConfig, autocast: torch.autocast) -> float:
+    """Validation loss in the middle of training, in nats per token, at the R asked for; the model is left as it was."""
+    buffers = {name: x.clone() for name, x in model.named_buffers()}
+    calibrate_threshold(model, corpus, config, autocast)
+    found = evaluate_loss(model, corpus, config, autocast).loss_nats
+    for name, x in model.named_buffers():
+        x.copy_(buffers[name])
+    return found
+
+
 def _detect(model: Model, split: Split, config: RunConfig, autocast: torch.autocast | None) -> tuple[Tensor, int]:
     """Boundary scores of the fixed windows of a split, and the number of boundaries under the present threshold."""
     scores, n_concepts = [], 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlcm.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from dlcm.config import DataConfig, RunConfig, TrainConfig
 from dlcm.errors import UserError, parse
 from flops import FlopCount, ParamCount
 from sweeps.axes import ALIASES, DESIGN, expand, unflatten

@@ -127,7 +127,7 @@ FAULTS = {
         ),
     ),
     "F of the ratio loss is that of a micro-batch": Fault(
-        "train.py",
+        "trainer.py",
         "if most_micro_batches(self.executed, self.ranks.world_size) == 1 or not self._has_ratio_loss:",
         "if True:",
         ("test_train.py::test_micro_batches_give_the_metrics_of_the_whole_batch",),
