@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.common import device_name, environment, format_table, median_ms, write_result
 from dlcm.boundary import global_statistics, ratio_loss, uniform_draws
 from dlcm.config import BoundaryConfig, ModelConfig, OptimConfig
-from dlcm.model import Model, Output, build_model, next_token_loss
+from dlcm.model import Model, Output, build_model
 from dlcm.optim import build_optimizer
 from flops import count, parameters
 from flops.hardware import recognise
@@ -71,8 +71,9 @@ class Stepper:
     def __call__(self) -> None:
         """One training step."""
         with self.autocast:
-            out = self.model(self.tokens_T, cu_seqlens=self.cu_seqlens_S1, draws=self.draws_T)
-        loss = next_token_loss(out, self.targets_T)
+            out = self.model(self.tokens_T, cu_seqlens=self.cu_seqlens_S1, draws=self.draws_T, targets=self.targets_T)
+        assert out.loss_sum is not None
+        loss = out.loss_sum / self.tokens_T.numel()
         if out.segments is not None and out.detection is not None and out.detection.score_T is not None:
             loss = loss + self._ratio_term(out)
         loss.backward()

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from dlcm.boundary import global_statistics, ratio_loss, uniform_draws
 from dlcm.config import ModelConfig, OptimConfig
 from dlcm.layers import CrossAttention
-from dlcm.model import Model, Output, build_model, next_token_loss
+from dlcm.loss import next_token_loss
+from dlcm.model import Model, Output, build_model
 from dlcm.optim import build_optimizer
 
 Axis = Literal["token", "concept", "both"]
@@ -175,7 +176,7 @@ def _train(model: Model, batch: TrainingBatch, n_steps: int, optim: OptimConfig,
         optimizer.zero_grad(set_to_none=True)
         probe.clear()
         out = model(batch.tokens_T, cu_seqlens=batch.cu_seqlens_S1, draws=draws_T)
-        loss = next_token_loss(out, batch.targets_T)
+        loss = next_token_loss(out.logits, batch.targets_T)
         for name, value in {**probe.scales, "logits": _rms(out.logits), _LOSS: float(loss.detach())}.items():
             rows.setdefault(name, []).append(value)
         if step == n_steps:

@@ -68,18 +68,25 @@ class Source:
         return digest.hexdigest()
 
     def documents(self) -> Iterator[str]:
-        """All documents with a visible character, in order.
+        """All documents with a visible character, in order; errors as `numbered`."""
+        return (text for _, text in self.numbered())
+
+    def numbered(self, first: int = 0) -> Iterator[tuple[int, str]]:
+        """Documents with a visible character, in order, and the number of the file that each is from.
+
+        Args:
+            first: file to begin with; a hub data set is one file.
 
         Raises:
             UserError: an unreadable file, a line that is not JSON, a row without its text; with file and line.
         """
         if self.root is None:
-            yield from (text for text in _hub_rows(self.spec, self.text_key) if not text.isspace() and text)
+            yield from ((0, text) for text in _hub_rows(self.spec, self.text_key) if not text.isspace() and text)
             return
         alone = len(self.files) == 1 and not self.skip_foreign
-        for path in self.files:
+        for number, path in enumerate(self.files[first:], first):
             try:
-                yield from (text for text in self._read(path, alone) if not text.isspace() and text)
+                yield from ((number, text) for text in self._read(path, alone) if not text.isspace() and text)
             except OSError as error:
                 raise UserError(f"{path}: not readable ({error.strerror or error})") from None
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-# Logits of a chunk: what the caches of a processor hold, and what keeps a GPU busy.
-_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+from dlcm.chunk import chunk_rows
 
 
 def linear_cross_entropy(x_TW: Tensor, weight_VW: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,11 +35,6 @@ def linear_cross_entropy(x_TW: Tensor, weight_VW: Tensor, targets_T: Tensor) -> 
         dtype = torch.get_autocast_dtype(x_TW.device.type)
     grad = torch.is_grad_enabled() and (x_TW.requires_grad or weight_VW.requires_grad)
     return _LinearCrossEntropy.apply(x_TW, weight_VW, targets_T, dtype, grad)
-
-
-def chunk_rows(n_tokens: int, vocab_size: int, device: str) -> int:
-    """Tokens whose logits are held at once."""
-    return max(1, min(n_tokens, _CHUNK_ELEMENTS.get(device, _CHUNK_ELEMENTS["cuda"]) // vocab_size))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -84,3 +79,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_TW, grad_VW = ctx.saved_tensors
         of_x, of_weight = ctx.dtypes
         return (grad_TW * grad_sum).to(of_x), (grad_VW * grad_sum).to(of_weight), None, None, None
+
+
+def next_token_loss(logits: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
+    """Cross-entropy in nats, in at least fp32, of logits (..., V) that are there as a whole."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(wide.flatten(0, -2), targets.flatten(), reduction=reduction)

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dlcm.attention import CrossAttend, SelfAttend, check_compilable, mark_dynamic
 from dlcm.boundary import Boundaries, BoundaryDetector
@@ -388,14 +387,6 @@ def build_model(config: ModelConfig, *, seed: int = 0) -> Model:
     model = Model(config)
     model.init_weights(torch.Generator().manual_seed(seed))
     return model
-
-
-def next_token_loss(output: Output, targets: Tensor, *, reduction: str = "mean") -> Tensor:
-    """Cross-entropy in nats, in at least fp32."""
-    logits = output.logits.flatten(0, -2)
-    return F.cross_entropy(
-        logits if logits.dtype == torch.float64 else logits.float(), targets.flatten(), reduction=reduction
-    )
 
 
 def _flat(x: Tensor | None) -> Tensor | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dlcm.errors import UserError, nearest
+from dlcm.words import WordEncoder, fits
 
 if TYPE_CHECKING:
     import tokenizers
@@ -48,6 +49,7 @@ class Tokenizer:
             self.vocab_size, self.eot_id = _sizes(backend.get_vocab(with_added_tokens=True))
             self.fingerprint = hashlib.sha256(_canonical(backend)).hexdigest()
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+        self._words = WordEncoder(backend, self.dtype) if backend is not None and fits(backend) else None
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -111,9 +113,11 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of every text; runs on all cores that `RAYON_NUM_THREADS` allows."""
+        """Ids of every text; a byte-level BPE encodes each distinct word once (`dlcm.words`)."""
         if self.backend is None:
             return [np.frombuffer(text.encode(), np.uint8).astype(self.dtype) for text in texts]
+        if self._words is not None:
+            return self._words.encode_batch(texts)
         encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(item.ids, self.dtype) for item in encoded]
 

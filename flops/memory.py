@@ -3,10 +3,11 @@
 What `dlcm.train` holds is fp32 weights, fp32 gradients and two fp32 moments of AdamW (`dlcm.optim`): 16 bytes a parameter,
 whatever the precision, because bf16 here is autocast. Autocast adds a bf16 copy of each matrix (`casts`), which lives as
 long as the backward pass needs it. Activations are what autograd keeps between forward and backward, counted operation by
-operation as the model runs them, and what cross-entropy holds besides: at the height of a step the logits exist four times.
+operation as the model runs them. Cross-entropy (`dlcm.loss`) holds the logits of some rows at a time, and the gradient of the
+unembedding from the forward pass on (`head`).
 
 Checked on a CPU (`tests/flops/test_memory.py`): activations and casts are what autograd saves, to the byte, at 14 shapes in fp32
-and in bf16; the total is 0.96 to 1.06 of the allocator's peak of a real step at 16. With one micro-batch it errs on the high
+and in bf16; the total is 0.94 to 1.09 of the allocator's peak of a real step at 16. With one micro-batch it errs on the high
 side, by 4 bytes a parameter at most: gradients come as activations go. The rest is the mask of token-to-concept attention.
 
 A GPU is not a CPU in two respects. Norms are computed in fp32 (`rms_norm` is on CUDA's autocast list), so that every matrix keeps
@@ -24,6 +25,7 @@ the SwiGLU, V vocabulary, S scan width; b bytes of a number under autocast: 2 in
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dlcm.chunk import chunk_rows
 from dlcm.config import ModelConfig
 from flops import ops
 from flops.count import COMPONENTS, parameters
@@ -43,6 +45,7 @@ class Memory:
         optimizer: both moments of AdamW, fp32.
         casts: bf16 copies of the matrices; 0 in fp32.
         activations: kept for the backward pass of one micro-batch, by component of the model.
+        head: what cross-entropy holds whatever the micro-batch is.
         evaluation: the largest forward pass of validation, which keeps no activations but may have more tokens.
     """
 
@@ -51,6 +54,7 @@ class Memory:
     optimizer: int
     casts: int
     activations: Mapping[str, float]
+    head: float
     evaluation: float
 
     @property
@@ -66,7 +70,7 @@ class Memory:
     @property
     def total(self) -> float:
         """The larger of training and validation."""
-        return self.states + self.casts + max(self.activations_total, self.evaluation)
+        return self.states + self.casts + max(self.activations_total + self.head, self.evaluation)
 
 
 @dataclass(frozen=True)
@@ -117,15 +121,14 @@ def memory(
     n = parameters(config).total
     rules = _Rules(bf16, gpu)
     n_concepts = micro_batch_tokens / config.compression_target if n_concepts is None else n_concepts
-    # Logits; their fp32 copy, which in fp32 is the logits; log-softmax. One layer is at work before that.
-    evaluation = (rules.b + (8 if bf16 else 4)) * config.vocab_size + _token_block(config, rules)
     return Memory(
         weights=WEIGHT_BYTES * n,
         gradients=GRADIENT_BYTES * n,
         optimizer=OPTIMIZER_BYTES * n,
         casts=2 * _matrix_parameters(config) if bf16 else 0,
         activations=_activations(config, rules, micro_batch_tokens, n_concepts),
-        evaluation=evaluation * evaluation_tokens,
+        head=_head(config, rules, micro_batch_tokens) + 4 * config.vocab_size * config.d_token,
+        evaluation=evaluation_tokens * _token_block(config, rules) + _head(config, rules, evaluation_tokens),
     )
 
 
@@ -135,7 +138,8 @@ def _activations(config: ModelConfig, rules: _Rules, n_tokens: float, n_concepts
     # Ids (int64); cosines and sines of the rotary embedding, once for all layers.
     parts["embedding"] = n_tokens * (8 + 4 * c.d_head)
     parts["encoder"] = n_tokens * c.n_encoder_layers * _token_block(c, rules)
-    parts["head"] = n_tokens * _head(c, rules) + 4  # the weight of the loss, one number
+    # The last norm; the gradient of its output, which cross-entropy makes on the way forward.
+    parts["head"] = n_tokens * (rules.norm(c.d_token) + rules.b * c.d_token)
     if c.is_dense:
         return parts
     backbone = _block(c.d_concept, c.n_heads_concept, c.n_kv_heads_concept, c.d_head, c.d_ff_concept, rules, True)
@@ -211,23 +215,29 @@ def _cross(c: ModelConfig, rules: _Rules, n_tokens: float, n_concepts: float) ->
     )
 
 
-def _head(c: ModelConfig, rules: _Rules) -> float:
-    """Bytes a token keeps of the last norm and the loss.
+def _head(c: ModelConfig, rules: _Rules, n_tokens: float) -> float:
+    """Bytes of cross-entropy at work on a chunk: its logits in fp32 and their exponentials.
 
-    At its height cross-entropy holds the logits (b), the log-softmax, its gradient and that of the logits in fp32 (4 each):
-    (b + 12)·V. Targets are int64.
+    Under autocast also a bf16 copy of the unembedding; its gradient by the chunk comes when the exponentials are gone.
     """
-    return rules.norm(c.d_token) + rules.inputs(c.d_token, 1) + 8 + (rules.b + 12) * c.vocab_size
+    logits = chunk_rows(int(n_tokens), c.vocab_size, "cuda" if rules.gpu else "cpu") * c.vocab_size
+    if not rules.bf16:
+        return 8 * logits
+    unembedding = 2 * c.vocab_size * c.d_token
+    return unembedding + max(8 * logits, 2 * logits + unembedding)
 
 
 def _matrix_parameters(c: ModelConfig) -> int:
-    """Parameters that autocast casts: every matrix but the boundary's, which is computed in fp32, and the null concept."""
+    """Parameters that autocast casts: every matrix of the layers, and the null concept.
+
+    The boundary's are computed in fp32, and that of the unembedding lives inside of cross-entropy.
+    """
 
     def layer(d: int, h: int, g: int, f: int) -> int:
         return d * c.d_head * (2 * h + 2 * g) + 3 * d * f
 
     token = layer(c.d_token, c.n_heads_token, c.n_kv_heads_token, c.d_ff_token)
-    n = (c.n_encoder_layers + c.n_decoder_layers) * token + c.vocab_size * c.d_token
+    n = (c.n_encoder_layers + c.n_decoder_layers) * token
     if c.is_dense:
         return n
     n += c.n_concept_layers * layer(c.d_concept, c.n_heads_concept, c.n_kv_heads_concept, c.d_ff_concept)
@@ -239,10 +249,8 @@ def largest_micro_batch(
     config: ModelConfig, batch_tokens: int, seq_len: int, room_bytes: float, *, bf16: bool, gpu: bool
 ) -> int | None:
     """The most tokens of one forward pass, whole windows that divide the batch, that fit `room_bytes`; None if no window does."""
-    one = memory(config, seq_len, bf16=bf16, gpu=gpu)
-    left = room_bytes - one.states - one.casts
-    if one.evaluation > left:
-        return None
     n_windows = batch_tokens // seq_len
-    most = min(n_windows, int(left / one.activations_total))  # activations grow in proportion to the tokens
-    return next((n * seq_len for n in range(most, 0, -1) if n_windows % n == 0), None)
+    divisors = (n for n in range(n_windows, 0, -1) if n_windows % n == 0)
+    return next(
+        (n * seq_len for n in divisors if memory(config, n * seq_len, bf16=bf16, gpu=gpu).total <= room_bytes), None
+    )

@@ -50,16 +50,22 @@ COLUMNS: Mapping[str, Column] = {
     "budget": Column("str", "", "the budget that set its length, in words; empty where train.tokens did"),
     "flops_train": Column("float64", "FLOPs", "training, causal-halved, at R realised in training"),
     "flops_train_full": Column("float64", "FLOPs", "the same with every attention as a full square"),
+    "trunk": Column("str", "", "run that its first steps are shared with; null where it was trained alone"),
+    "tokens_shared": Column("Int64", "tokens", "tokens that the trunk was trained on for it; 0 where trained alone"),
+    "flops_train_marginal": Column(
+        "float64", "FLOPs", "flops_train without the shared tokens: what it cost beside the trunk"
+    ),
     "flops_train_planned": Column("float64", "FLOPs", "the same at the R asked for and the planned tokens"),
     "flops_per_token_forward": Column(
         "float64", "FLOPs/token", "forward pass, causal-halved, at R realised at evaluation"
     ),
     "loss_nats": Column("float64", "nats/token", "validation loss"),
+    "loss_nats_stable": Column("float64", "nats/token", "the same where the decay of wsd begins (L_stable, eq 23)"),
     "bits_per_byte": Column("float64", "bits/byte", "validation loss per UTF-8 byte"),
     "lr_token": Column("float64", "", "peak learning rate of the token side at the base width"),
     "lr_concept": Column("float64", "", "the same of the concept side; lr_token for a dense model"),
     "status": Column("str", "", "planned, queued, running, finished, failed, diverged, cancelled or lost"),
-    "wall_s": Column("float64", "s", "time spent training, over all starts"),
+    "wall_s": Column("float64", "s", "time spent training it, over all starts, without that of a trunk"),
     "device": Column("str", "", "what it was trained on"),
     "commit": Column("str", "", "commit of the code that trained it, `+` and a hash where the checkout differed"),
 }
@@ -173,12 +179,17 @@ def _measured(run: StoredRun, result: Mapping[str, Any]) -> dict[str, Any]:
     training, evaluation = flops(in_training), flops(at_evaluation)
     full = training.full_square if training else None
     copied = ("tokens", "epochs", "loss_nats", "bits_per_byte", "wall_s", "device")
+    shared = int(result.get("trunk_tokens") or 0)
     return {
         "tokens_per_concept": at_evaluation,
         "tokens_per_concept_train": in_training,
         "flops_train": training.training_per_token * result["tokens"] if training else None,
         "flops_train_full": full.training_per_token * result["tokens"] if full else None,
         "flops_per_token_forward": evaluation.forward_per_token if evaluation else None,
+        "trunk": result.get("trunk"),
+        "tokens_shared": shared,
+        "flops_train_marginal": training.training_per_token * (result["tokens"] - shared) if training else None,
+        "loss_nats_stable": result.get("loss_nats_stable"),
         **{key: result[key] for key in copied},
     }
 

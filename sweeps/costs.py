@@ -22,7 +22,7 @@ from flops.hardware import (
 from flops.memory import Memory
 
 if TYPE_CHECKING:
-    from sweeps.plan import Plan
+    from sweeps.plan import Plan, PlannedRun
     from sweeps.spec import Sweep
 
 _DEFAULT_GPU = "H100"
@@ -154,9 +154,17 @@ def cost_plan(plan: "Plan", hardware: Hardware | None, notes: Sequence[str] = ()
         needed = memories.get(key)
         if needed is None:
             needed = memories[key] = run_memory(run.config, device_type)
-        estimates.append(estimate(run.config, run.flops, hardware, needed=needed))
+        estimates.append(estimate(_own_part(run), run.flops, hardware, needed=needed))
     warnings = tuple(_warnings(plan, hardware, estimates))
     return PlanCosts(hardware, tuple(estimates), tuple(notes), warnings)
+
+
+def _own_part(run: "PlannedRun") -> RunConfig:
+    """The run as long as what is left for it to train, where a longer one trains its first steps."""
+    if not run.steps_shared:
+        return run.config
+    train = run.config.train.model_copy(update={"tokens": run.tokens - run.tokens_shared})
+    return run.config.model_copy(update={"train": train})
 
 
 def _warnings(plan: "Plan", hardware: Hardware, estimates: Sequence[Estimate]) -> Iterator[str]:

@@ -13,6 +13,7 @@ from dlcm.errors import UserError, parse
 from flops import FlopCount, ParamCount
 from sweeps.axes import ALIASES, DESIGN, expand, unflatten
 from sweeps.points import PlannedModel, Point, Shared
+from sweeps.trunks import shared_steps
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +35,9 @@ class PlannedRun:
         params: realised parameters.
         flops: FLOPs of one sequence at the planned R.
         budget: the budget that set the tokens, in words; empty where train.tokens did.
-        budget_share: this run's part of the planned training FLOPs of the whole sweep.
+        budget_share: this run's part of the planned training FLOPs of the whole sweep, each trunk counted once.
+        trunk_run: longest run of those that share its trunk (`sweeps.trunks`), maybe itself; None where it shares nothing.
+        steps_shared: its first steps, if a longer run of them trains those.
     """
 
     config: RunConfig
@@ -44,6 +47,8 @@ class PlannedRun:
     budget: str
     budget_share: float = 0.0
     run_id: str = field(default="")
+    trunk_run: str | None = None
+    steps_shared: int = 0
 
     @property
     def params_total(self) -> int:
@@ -91,6 +96,16 @@ class PlannedRun:
         return self.flops.training_per_token * self.tokens
 
     @property
+    def tokens_shared(self) -> int:
+        """Training tokens that a longer run spends for it."""
+        return self.steps_shared * self.config.train.batch_tokens
+
+    @property
+    def flops_marginal(self) -> float:
+        """Training FLOPs at the planned R, without those of the shared steps."""
+        return self.flops.training_per_token * (self.tokens - self.tokens_shared)
+
+    @property
     def lr_token_effective(self) -> float:
         """Peak learning rate of the token-side matrices at the realised width: lr_token / s_token (eq 19)."""
         return self.config.optim.lr_token / self.config.model.mup_scale_token
@@ -117,6 +132,11 @@ class Plan:
     def flops(self) -> float:
         """Training FLOPs of all runs."""
         return sum(run.flops_train_planned for run in self.runs)
+
+    @property
+    def flops_marginal(self) -> float:
+        """Training FLOPs of all runs, the steps that runs share counted once: what the sweep costs."""
+        return sum(run.flops_marginal for run in self.runs)
 
     @property
     def tokens(self) -> int:
@@ -167,6 +187,10 @@ def plan_row(run: PlannedRun, sweep: str) -> dict[str, Any]:
         "flops_train_planned": run.flops_train_planned,
         "budget": run.budget,
         "budget_share": run.budget_share,
+        "trunk_run": run.trunk_run,
+        "n_stable_steps": run.config.n_stable_steps,
+        "tokens_shared": run.tokens_shared,
+        "flops_train_marginal_planned": run.flops_marginal,
         "lr_token": run.config.optim.lr_token,
         "lr_concept": run.config.optim.lr_concept,
         "lr_token_effective": run.lr_token_effective,
@@ -206,14 +230,20 @@ def plan(sweep: "Sweep") -> Plan:
                 short.append(f"{shared.where(values)}: {run.budget or 'train.tokens'}: {fault}")
     if short:
         raise UserError(f"{short[0]}; {len(short)} of {len(runs)} runs {'is' if len(short) == 1 else 'are'} too short")
-    total = sum(run.flops_train_planned for run in runs.values())
-    return Plan(sweep, tuple(_with_share(run, total) for run in runs.values()))
-
-
-def _with_share(run: PlannedRun, total: float) -> PlannedRun:
+    found = list(runs.values())
+    shared_by = shared_steps(found, [shared.trunk_key(run.config) for run in found])
+    costs = [
+        run.flops.training_per_token * (run.tokens - n * run.config.train.batch_tokens)
+        for run, (_, n) in zip(found, shared_by)
+    ]
+    total = sum(costs)
     # dataclasses.replace would run over every field's descriptor for each of thousands of runs.
-    return PlannedRun(
-        run.config, run.design, run.params, run.flops, run.budget, run.flops_train_planned / total, run.run_id
+    return Plan(
+        sweep,
+        tuple(
+            PlannedRun(r.config, r.design, r.params, r.flops, r.budget, cost / total, r.run_id, head, n)
+            for r, cost, (head, n) in zip(found, costs, shared_by)
+        ),
     )
 
 

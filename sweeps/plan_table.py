@@ -41,7 +41,7 @@ def plan_cells(run: PlannedRun) -> tuple[str, ...]:
         "-" if dense else f"{run.concept_share:.3f}",
         "-" if dense else f"{run.compression_target:g}",
         short_count(run.tokens),
-        f"{run.flops_train_planned:.3g}",
+        f"{run.flops_train_planned:.3g}{' +' if run.steps_shared else ''}",
         f"{100 * run.budget_share:.2f}%",
     )
 
@@ -117,6 +117,14 @@ def summary(plan: Plan, costs: PlanCosts | None = None) -> str:
         f"{runs}: {short_count(plan.tokens)} tokens, {plan.flops:.3g} training FLOPs at the planned R. "
         "N: non-embedding parameters; P: backbone's share of N; R: tokens per concept."
     )
+    heads = {run.trunk_run for run in plan.runs if run.steps_shared}
+    if heads:
+        n = sum(run.steps_shared > 0 for run in plan.runs)
+        trunks = f"{len(heads)} longer one{'s' * (len(heads) > 1)}"
+        line += (
+            f"\n{n} runs (+) branch from {trunks}: {plan.flops_marginal:.3g} FLOPs are trained, "
+            f"{plan.flops / plan.flops_marginal:.2f}x less than alone; times and costs are of what each run trains itself."
+        )
     told = format_costs(costs) if costs is not None else ""
     return f"{line}\n{told}" if told else line
 
@@ -162,6 +170,7 @@ def plan_json(plan: Plan, costs: PlanCosts | None = None) -> dict[str, Any]:
         "n_runs": len(plan),
         "tokens": plan.tokens,
         "flops_train_planned": plan.flops,
+        "flops_train_marginal_planned": plan.flops_marginal,
         "costs": None if costs is None else costs_json(costs),
         "runs": [row(run, found) for run, found in _with_estimates(plan, costs)],
     }

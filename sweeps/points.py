@@ -63,6 +63,7 @@ class Shared:
         self._models: dict[str, PlannedModel] = {}
         self._blocks: dict[tuple[type, str], Block] = {}
         self._flops: dict[tuple[str, int], FlopCount] = {}
+        self._trunk_parts: dict[int, str] = {}
         self._matched: dict[tuple[float, int, int, Any], float] = {}
 
     def where(self, values: Point) -> str:
@@ -94,6 +95,22 @@ class Shared:
             return given
         warmup = self.sweep.warmup.tokens(non_embedding)
         return self.block("optim", OptimConfig, {**values, "warmup_tokens": warmup}, where)
+
+    def trunk_key(self, config: RunConfig) -> tuple | None:
+        """What runs with a common trunk have in common, as `RunConfig.trunk` has it but without writing the whole config."""
+        if not config.n_stable_steps:
+            return None
+        optim, train, data = config.optim, config.train, config.data
+        same_optim = self._trunk_part(optim, {"decay_share": 0.0, "final_lr_ratio": 0.0})
+        same_train = self._trunk_part(train, {"tokens": 1, "measure_stable": False})
+        return id(config.model), self._trunk_part(data, {"validation_tokens": 1}), same_optim, same_train, config.seed
+
+    def _trunk_part(self, block: Frozen, without: Mapping[str, Any]) -> str:
+        key = id(block)  # blocks live as long as their sweep: see `block`
+        found = self._trunk_parts.get(key)
+        if found is None:
+            found = self._trunk_parts[key] = canonical_json(block.model_copy(update=dict(without)))
+        return found
 
     def model(self, values: Point, where: str) -> PlannedModel:
         """The model of a point: what is given, the shape of its size, and what the sweep fixes.

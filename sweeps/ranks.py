@@ -69,9 +69,8 @@ def _follow(sweep_dir: Path, ranks: Any) -> None:
     from dlcm.train import StopTraining, train
 
     while (message := ranks.tell()) is not None:
-        run_id, micro_batch_tokens = message
-        run = load_sweep(sweep_dir).run(run_id)
+        run = load_sweep(sweep_dir).run(message.pop("run_id"))
         try:
-            train(run.config, run.path, micro_batch_tokens=micro_batch_tokens)
+            train(run.config, run.path, **message)
         except (UserError, StopTraining):
             continue  # rank 0 has the same, and records it

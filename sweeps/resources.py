@@ -1,7 +1,8 @@
 """What is asked of a scheduler for each run: time and memory from the plan's estimates, with a margin; runs packed into tasks.
 
-A task works on the runs of its group, the longest that is free first. So what a group needs is what its largest runs need, and
-runs that need about the same time make a group: an array of a scheduler has one time limit for all its tasks.
+A task works on the runs of its group, the longest that is free first; runs of one trunk count as one. So what a group needs is
+what its largest runs need, and runs that need about the same time make a group: an array of a scheduler has one time limit for
+all its tasks.
 """
 
 import math
@@ -43,8 +44,12 @@ def group_runs(runs: Sequence[StoredRun], config: ClusterConfig) -> list[Group]:
         config: `time` and `memory` decide where they are given.
     """
     size = config.runs_per_task
-    ordered = sorted(runs, key=lambda run: (-_hours(run), -run.flops_planned))
-    tasks = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    # Runs that share a trunk stay together: who trains the trunk trains what branches from it.
+    together: dict[str, list[StoredRun]] = {}
+    for run in sorted(runs, key=lambda run: (-_hours(run), -run.flops_planned)):
+        together.setdefault(run.family or run.run_id, []).append(run)
+    units = sorted(together.values(), key=lambda unit: -sum(_hours(run) for run in unit))
+    tasks = [[run for unit in units[i : i + size] for run in unit] for i in range(0, len(units), size)]
     by_limit: dict[int, list[Sequence[StoredRun]]] = {}
     for task in tasks:
         by_limit.setdefault(_minutes(task, config), []).append(task)
@@ -67,7 +72,7 @@ def _hours(run: StoredRun) -> float:
 def _minutes(task: Sequence[StoredRun], config: ClusterConfig) -> int:
     """Time limit of a task; a run that needs longer goes on after a requeue."""
     if config.time is not None:
-        return config.time_minutes * len(task)
+        return config.time_minutes * len({run.family or run.run_id for run in task})
     hours = sum(_hours(run) for run in task)
     wanted = UNKNOWN_MINUTES * len(task) if math.isnan(hours) else 60 * hours * TIME_MARGIN + START_MINUTES
     limit = config.max_minutes or _LADDER[-1]

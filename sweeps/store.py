@@ -77,6 +77,21 @@ class StoredRun:
         """Planned training FLOPs: the longest run is the one that costs most."""
         return float(self.row["flops_train_planned"])
 
+    @property
+    def family(self) -> str | None:
+        """Run id of the longest of the runs that share its trunk; None for a run alone (`sweeps.trunks`)."""
+        return self.row.get("trunk_run")
+
+    @property
+    def n_stable_steps(self) -> int:
+        """Steps after which it leaves the trunk."""
+        return int(self.row.get("n_stable_steps") or 0)
+
+    @property
+    def flops_marginal(self) -> float:
+        """Planned training FLOPs without those of steps that it has from a longer run."""
+        return self.flops_planned * (1 - int(self.row.get("tokens_shared") or 0) / self.tokens)
+
 
 @dataclass(frozen=True)
 class StoredSweep:

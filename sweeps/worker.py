@@ -23,12 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 from dlcm.config import SCHEMA_VERSION
 from dlcm.errors import UserError
-from dlcm.record import RunBusyError, is_locked, read_json, write_json
+from dlcm.record import RunBusyError, read_json, write_json
+from sweeps.claim import claim_next
 from sweeps.code import check_code
-from sweeps.heartbeat import BEAT_S, MAX_DEATHS, MAX_STARTS, REFUSED, STOPPED, Heartbeat, lower_memory
-from sweeps.lease import LEASE_S, Lease, LeaseLostError, beats_elsewhere, lease
+from sweeps.heartbeat import REFUSED, STOPPED, Heartbeat, lower_memory
+from sweeps.lease import Lease, LeaseLostError
 from sweeps.states import run_state
-from sweeps.store import CLAIM, StoredRun, StoredSweep, load_sweep, read_record
+from sweeps.store import StoredRun, StoredSweep, load_sweep, read_record
+from sweeps.trunks import steps_to_keep, tidy
 
 if TYPE_CHECKING:
     from dlcm.train import Progress
@@ -74,7 +76,7 @@ def work(
     capture: bool = True,
     job_id: str | None = None,
     stop: Callable[[], bool] = lambda: False,
-    announce: Callable[[tuple[str, int | None]], Any] | None = None,
+    announce: Callable[[dict[str, Any]], Any] | None = None,
     on_run: Callable[[StoredRun], None] | None = None,
     on_step: Callable[["Progress"], None] | None = None,
 ) -> WorkerReport:
@@ -84,7 +86,7 @@ def work(
         sweep_dir: a directory that `save_sweep` wrote.
         submission: number of the submission: a run that failed in it is not tried again by it.
         threads: CPU threads of torch; unchanged where absent.
-        max_runs: leave after this many runs.
+        max_runs: leave after this many runs; those that branch off a trunk are not counted, they come with it.
         only: take no other runs than these.
         root: the code of the submitter; a worker with another refuses to work.
         capture: send what the run prints, native code included, to `<run_id>/logs/worker.log`.
@@ -104,72 +106,27 @@ def work(
 
         torch.set_num_threads(threads)
     job_id = job_id or str(os.getpid())
-    report, tried = WorkerReport(), set()
-    while (max_runs is None or report.n_taken < max_runs) and not stop():
+    report, tried, n_alone = WorkerReport(), set(), 0
+    while not stop():
         # Read anew each time: a later submission may have added runs, or changed what is evaluated.
         sweep = load_sweep(sweep_dir)
         if only is not None:
             chosen = frozenset(only)
             sweep = replace(sweep, runs=tuple(run for run in sweep.runs if run.run_id in chosen))
-        with _claim_next(sweep, submission, tried, stop) as claim:
+        full = max_runs is not None and n_alone >= max_runs
+        with claim_next(sweep, submission, tried, stop, only_branches=full) as claim:
             if claim is None:
                 return report
-            run, held = claim
+            run, held, start, family = claim
             tried.add(run.run_id)
+            n_alone += start.trunk is None
             if on_run is not None:
                 on_run(run)
             with _captured(run.path / "logs" / "worker.log") if capture else contextlib.nullcontext():
-                _Task(run, sweep, held, Heartbeat(run, submission, job_id, held), report, stop, on_step, announce).do()
+                beat = Heartbeat(run, submission, job_id, held)
+                _Task(run, sweep, held, beat, report, stop, on_step, announce, start.trunk, family).do()
+            tidy(family)
     return report
-
-
-@contextlib.contextmanager
-def _claim_next(
-    sweep: StoredSweep, submission: int, tried: set[str], stop: Callable[[], bool]
-) -> Iterator[tuple[StoredRun, Lease] | None]:
-    """Hold the longest open run; none where no run is open to this worker."""
-    # A run whose worker was just lost on another machine looks held until its lease has run out: that long we stay.
-    leave_at = time.monotonic() + LEASE_S + 2 * BEAT_S
-    runs = sorted(sweep.runs, key=lambda r: -r.flops_planned)
-    while True:
-        doubtful = False
-        for run in runs:
-            if run.run_id in tried or not _is_open(run, sweep, submission):
-                continue
-            if beats_elsewhere(run.path, CLAIM):
-                doubtful = True
-                continue
-            with contextlib.ExitStack() as stack:
-                try:
-                    held = stack.enter_context(lease(run.path, CLAIM, {"submission": submission}))
-                except RunBusyError:
-                    continue
-                # Between the look and the claim another worker may have ended the run.
-                if _is_open(run, sweep, submission, mine=True):
-                    yield run, held
-                    return
-        if not doubtful or time.monotonic() > leave_at or stop():
-            yield None
-            return
-        time.sleep(BEAT_S)
-
-
-def _is_open(run: StoredRun, sweep: StoredSweep, submission: int, mine: bool = False) -> bool:
-    """Whether the run's files leave work to do and nobody on this machine holds it (`mine`: but for our own claim)."""
-    if not run.in_plan or (not mine and is_locked(run.path, CLAIM)) or is_locked(run.path):
-        return False
-    if (run.path / "cancelled.json").exists():
-        return False
-    failure, beat = (read_record(run.path / name) for name in ("failure.json", "status.json"))
-    if failure is not None and failure["submission"] >= submission:
-        return False
-    tried = beat is not None and beat["submission"] >= submission
-    if beat is not None and tried and (beat["deaths"] >= MAX_DEATHS or beat.get("starts", 1) >= MAX_STARTS):
-        return False
-    result = read_record(run.path / "result.json")
-    if result is None:
-        return True
-    return result["status"] == "finished" and bool(run_state(run, sweep.spec.evaluate).missing_evaluations)
 
 
 @dataclass(frozen=True)
@@ -183,7 +140,9 @@ class _Task:
     report: WorkerReport
     stop: Callable[[], bool]
     on_step: Callable[["Progress"], None] | None
-    announce: Callable[[tuple[str, int | None]], Any] | None = None
+    announce: Callable[[dict[str, Any]], Any] | None = None
+    trunk: StoredRun | None = None
+    family: tuple[StoredRun, ...] = ()
 
     def do(self) -> None:
         """Train and evaluate; a fault is recorded in the run's files."""
@@ -222,11 +181,14 @@ class _Task:
 
         def once() -> Any:
             micro = (read_record(self.run.path / "memory.json") or {}).get("micro_batch_tokens")
+            how = {
+                "micro_batch_tokens": micro,
+                "trunk": None if self.trunk is None else self.trunk.path,
+                "keep": steps_to_keep(self.run, self.family),
+            }
             if self.announce is not None:
-                self.announce((self.run.run_id, micro))
-            return train(
-                self.run.config, self.run.path, on_step=self._follow, guard=self.lease.check, micro_batch_tokens=micro
-            )
+                self.announce({"run_id": self.run.run_id, **how})
+            return train(self.run.config, self.run.path, on_step=self._follow, guard=self.lease.check, **how)
 
         try:
             return once()

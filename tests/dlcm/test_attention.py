@@ -13,7 +13,7 @@ from dlcm.attention import resolve, self_attention
 from dlcm.backends import causal_cpu, flex, ops, rows, staircase_cpu, varlen
 from dlcm.concepts import Packing, segment
 from dlcm.errors import UserError
-from dlcm.model import next_token_loss
+from dlcm.loss import next_token_loss
 from tests.dlcm.conftest import awake, random_tokens, small_config
 
 # On a CPU, FlexAttention says that it materializes all scores; here they are few.
@@ -237,7 +237,7 @@ def test_a_model_has_the_same_loss_and_gradients_with_every_backend(backend, poo
     losses, gradients = [], []
     for name in ("reference", backend):
         model = awake(small_config(pooling=pooling, attention_backend=name))
-        loss = next_token_loss(model(tokens, cu_seqlens=cu), tokens.roll(-1))
+        loss = next_token_loss(model(tokens, cu_seqlens=cu).logits, tokens.roll(-1))
         losses.append(loss)
         gradients.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True))
     assert_same(losses[:1], losses[1:])

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from dlcm.boundary import gather_scores, global_statistics, ratio_loss, uniform_draws
-from dlcm.model import next_token_loss
+from dlcm.loss import next_token_loss
 from tests.dlcm.conftest import awake, random_tokens, small_config
 
 # Documents of each rank: 72 tokens against 31.
@@ -49,7 +49,7 @@ def objective(model, ranks, variant):
     out = model(tokens, cu_seqlens=cu_seqlens, draws=draws)
     prob_sum = out.boundary_prob.sum()
     statistics = global_statistics(out.n_concepts, prob_sum, tokens.numel())
-    loss = next_token_loss(out, targets, reduction="sum") * statistics.n_ranks / statistics.n_tokens
+    loss = next_token_loss(out.logits, targets, reduction="sum") * statistics.n_ranks / statistics.n_tokens
     if variant == "per_rank":
         n = torch.tensor(tokens.numel(), dtype=torch.float64)
         own = type(statistics)(out.boundaries.sum(), prob_sum / n, n)

@@ -2,13 +2,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dlcm import loss
-from dlcm.loss import chunk_rows, linear_cross_entropy
+from dlcm import chunk
+from dlcm.chunk import chunk_rows
+from dlcm.loss import linear_cross_entropy
 
 
 @pytest.fixture(params=[1, 40, 1 << 20])
 def chunks(request, monkeypatch):
-    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", {"cpu": request.param * 7, "cuda": request.param * 7})
+    monkeypatch.setattr(chunk, "CHUNK_ELEMENTS", {"cpu": request.param * 7, "cuda": request.param * 7})
 
 
 def inputs(n=37, width=5, vocab=7, dtype=torch.float64):

@@ -3,7 +3,8 @@ import torch
 
 from dlcm.boundary import uniform_draws
 from dlcm.config import ModelConfig
-from dlcm.model import build_model, next_token_loss
+from dlcm.loss import next_token_loss
+from dlcm.model import build_model
 from tests.dlcm.conftest import DETECTORS, VOCAB, awake, dense_config, random_tokens, small_config
 
 POOLINGS = ("mean", "first")
@@ -85,13 +86,13 @@ def test_gradients_of_packed_documents_are_those_of_the_documents_alone():
     documents = [random_tokens(n, n) for n in (6, 13, 9)]
     cu = torch.tensor([0, 6, 19, 28])
     next_token_loss(
-        model(torch.cat(documents), cu_seqlens=cu), torch.cat(documents).roll(1), reduction="sum"
+        model(torch.cat(documents), cu_seqlens=cu).logits, torch.cat(documents).roll(1), reduction="sum"
     ).backward()
     packed = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     rolled = torch.cat(documents).roll(1).split([6, 13, 9])
     for document, target in zip(documents, rolled):
-        next_token_loss(model(document), target, reduction="sum").backward()
+        next_token_loss(model(document).logits, target, reduction="sum").backward()
     for name, p in model.named_parameters():
         if name in packed:
             torch.testing.assert_close(p.grad, packed[name], atol=1e-9, rtol=1e-9, msg=name)
@@ -127,7 +128,7 @@ def test_the_language_model_loss_reaches_the_detector_only_through_the_straight_
     model = awake(small_config(boundary={"straight_through": straight_through}))
     tokens = random_tokens(40, 0)
     out = model(tokens, draws=draws_for(40, 0))
-    next_token_loss(out, tokens.roll(-1)).backward(retain_graph=True)
+    next_token_loss(out.logits, tokens.roll(-1)).backward(retain_graph=True)
     grads = [w.weight.grad for w in (model.boundary.w_q, model.boundary.w_k)]
     if straight_through:
         assert all(g is not None and g.abs().max() > 0 for g in grads)
@@ -144,7 +145,7 @@ def test_every_parameter_is_used(detector, pooling):
     model = awake(small_config(detector, pooling=pooling))
     tokens = random_tokens(40, 0)
     out = model(tokens, draws=draws_for(40, 0))
-    loss = next_token_loss(out, tokens.roll(-1))
+    loss = next_token_loss(out.logits, tokens.roll(-1))
     if detector == "learned":
         loss = loss + out.boundary_prob.sum()
     loss.backward()

@@ -65,7 +65,9 @@ class FakeTrain:
     def __init__(self, behave=None):
         self.behave, self.calls = behave, []
 
-    def __call__(self, config, run_dir, *, on_step=None, guard=lambda: None, micro_batch_tokens=None):
+    def __call__(
+        self, config, run_dir, *, on_step=None, guard=lambda: None, micro_batch_tokens=None, trunk=None, keep=()
+    ):
         with run_lock(run_dir):
             self.calls.append(config.run_id)
             (run_dir / "metrics.jsonl").unlink(missing_ok=True)
