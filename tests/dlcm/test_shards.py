@@ -4,14 +4,16 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 
-from dlcm import shards
+from dlcm import build, shards
 from dlcm.config import DataConfig
 from dlcm.errors import UserError
 from dlcm.shards import open_corpus
+from dlcm.tokens import Tokenizer
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 ORDERS = {0: [3, 6, 7, 1, 4, 5, 0, 2], 1: [6, 3, 4, 2, 1, 5, 0, 7]}
@@ -202,8 +204,8 @@ def test_a_second_opening_reads_the_cache_and_any_change_of_source_or_settings_d
     folders = {first.folder, *(open_corpus(config.model_copy(update=change)).folder for change in changed)}
     assert len(folders) == 3
     built = []
-    real = shards._build
-    monkeypatch.setattr(shards, "_build", lambda *args: (built.append(1), real(*args)))
+    real = shards.build
+    monkeypatch.setattr(shards, "build", lambda *args: (built.append(1), real(*args)))
     assert open_corpus(config).fingerprint == first.fingerprint
     same = config.model_copy(update={"seq_len": 17, "validation_tokens": 99})
     assert open_corpus(same).folder == first.folder
@@ -240,26 +242,80 @@ def test_processes_that_build_at_once_leave_one_correct_cache(cache, config, cor
     assert not list(cache.glob(".*.tmp"))
 
 
-def test_a_build_that_is_killed_leaves_nothing_that_is_read(tmp_path, cache, config, corpus):
-    code = f"""
-import os, signal
-from dlcm import shards
+KILLED = """
+import os, signal, sys
+from dlcm import build, shards
 from dlcm.config import DataConfig
-shards._GROUP_CHARS = 2000
+build._GROUP_CHARS, build.JOURNAL_BYTES = 2000, 4000
 calls = []
 def progress(what, done, total):
     calls.append(what)
-    if calls.count("tokenizing") == 3:
+    if calls.count("tokenizing") == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
-shards.open_corpus(DataConfig(**{config.model_dump()!r}), progress)
+shards.open_corpus(DataConfig.model_validate_json(sys.argv[1]), progress)
 """
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "DLCM_CACHE": str(cache)})
-    assert done.returncode == -signal.SIGKILL
-    assert list(cache.glob(".*.tmp"))
-    assert not (cache / corpus.folder.name).exists()
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe-400"])
+def test_a_build_that_is_killed_again_and_again_goes_on_and_ends_as_one_that_was_not(
+    tokenizer, cache, config, monkeypatch
+):
+    config = config.model_copy(update={"tokenizer": tokenizer})
+    monkeypatch.setattr(build, "_GROUP_CHARS", 2000)
+    monkeypatch.setenv("DLCM_CACHE", str(cache / "whole"))
+    whole = open_corpus(config)
+    monkeypatch.setenv("DLCM_CACHE", str(cache / "torn"))
+    for after in (1, 3, 5):
+        command = [sys.executable, "-c", KILLED, config.model_dump_json(), str(after)]
+        assert subprocess.run(command, env=dict(os.environ)).returncode == -signal.SIGKILL
+        assert [path.name for path in (cache / "torn").glob("*") if not path.name.startswith(".")] == []
+    (partial,) = (cache / "torn").glob(".*.partial")
+    done = json.loads((partial / "journal.json").read_text())
+    assert done["read"] > 4000
+    with (partial / "train-00000.bin").open("ab") as file:  # what came after the journal, torn
+        file.write(b"torn!")
+    encoded = []
+    real = Tokenizer.encode_batch
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: encoded.extend(texts) or real(self, texts))
     again = open_corpus(config)
-    assert again.fingerprint == corpus.fingerprint
-    assert not list(cache.glob(".*.tmp"))
+    assert sum(len(text.encode()) for text in encoded) == whole.train.n_bytes + whole.validation.n_bytes - done["read"]
+    names = sorted(path.name for path in whole.folder.iterdir())
+    assert sorted(path.name for path in again.folder.iterdir()) == names
+    for name in names:
+        assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
+    assert not list((cache / "torn").glob(".*.partial"))
+
+
+@pytest.mark.parametrize("size", [7, 64, 1_000])
+def test_a_stream_in_many_files_reads_as_one(size, cache, config, corpus, monkeypatch):
+    monkeypatch.setattr(build, "SHARD_TOKENS", size)
+    cut = open_corpus(config)
+    assert cut.fingerprint == corpus.fingerprint
+    whole = np.asarray(corpus.validation.tokens)
+    n = len(whole)
+    assert len(list(cut.folder.glob("validation-*.bin"))) >= n // size
+    assert len(cut.validation.tokens) == n
+    for a, b in ((0, 0), (0, 1), (size - 1, size + 1), (size, 2 * size), (3, n), (n - 1, n), (n - 2, n + 5)):
+        np.testing.assert_array_equal(cut.validation.tokens[a:b], whole[a:b])
+    places = np.array([0, size, size - 1, n - 1, 2])
+    np.testing.assert_array_equal(cut.validation.tokens[places], whole[places])
+    draw = {"seed": 1, "batch_tokens": 128, "seq_len": 32}
+    np.testing.assert_array_equal(cut.train.batch(5, **draw).tokens_T, corpus.train.batch(5, **draw).tokens_T)
+
+
+def test_memory_does_not_grow_with_the_corpus(cache, tmp_path):
+    """Eight times the text, and no more than a few megabytes on top."""
+    grown = []
+    for n in (4, 32):
+        path = tmp_path / f"{n}.txt"
+        with path.open("w") as file:
+            for i in range(n * 2_000):
+                file.write(f"line {i * 7919 % 100_003} of some text that is long enough to matter, {i % 97}\n" * 8)
+        tracemalloc.start()
+        open_corpus(DataConfig(corpus=str(path), tokenizer="bytes"))
+        grown.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert grown[1] < grown[0] + 8e6
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path, cache):
@@ -273,9 +329,12 @@ def test_a_build_that_fails_leaves_nothing(tmp_path, cache):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "train.bin").write_bytes((f / "train.bin").read_bytes()[:-2]), "train shard does not have the"),
-        (lambda f: (f / "validation.bin").unlink(), "damaged validation shard"),
-        (lambda f: (f / "train.offsets.npy").write_bytes(b""), "damaged train shard"),
+        (
+            lambda f: (f / "train-00000.bin").write_bytes((f / "train-00000.bin").read_bytes()[:-2]),
+            "train shard does not have the",
+        ),
+        (lambda f: (f / "validation-00000.bin").unlink(), "damaged validation shard"),
+        (lambda f: (f / "train.offsets.bin").write_bytes(b""), "damaged train shard"),
         (lambda f: (f / "meta.json").write_text("{"), "meta.json: not readable as JSON"),
     ],
 )

@@ -1,0 +1,304 @@
+"""Building a tokenized corpus: in constant memory, resumable, whole or not there.
+
+The documents are tokenized in groups of half a megabyte into `.<key>.partial`, which becomes the cache folder by a rename when
+it is whole. Every `JOURNAL_BYTES` of text the files are flushed and `journal.json` says how far they are right; a build that was
+killed goes on from there. A lock is held meanwhile, so of several processes one builds and the others wait.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dlcm.config import DataConfig
+from dlcm.corpus import Source
+from dlcm.errors import UserError
+from dlcm.record import read_json, write_json
+from dlcm.tokens import Tokenizer, parse_tokenizer
+
+FORMAT_VERSION = 3
+BPE_SAMPLE_BYTES = 8 * 2**20
+JOURNAL_BYTES = 64 * 2**20
+SHARD_TOKENS = 2**29  # of one file: a gigabyte at two bytes a token
+SPLITS = ("train", "validation")
+_GROUP_CHARS = 512 * 2**10  # the tokenizer's working arrays of so much text fit the caches
+_FEW_DOCUMENTS = 256
+_ENOUGH_FOR_TWO = 8
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with what is being done, bytes done, and bytes in all where that is known."""
+
+
+@contextlib.contextmanager
+def lock(folder: Path, progress: Progress | None) -> Iterator[None]:
+    """Hold the right to build a cache folder; waits for a process that has it, and says so."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if progress:
+                progress("waiting for another process that tokenizes this corpus", 0, None)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def build(source: Source, config: DataConfig, folder: Path, progress: Progress) -> None:
+    """Write the folder of a corpus, or go on with what a build that was killed has left; the caller holds the lock.
+
+    Raises:
+        UserError: the source cannot be read or split; nothing is left then.
+    """
+    partial = folder.parent / f".{folder.name}.partial"
+    partial.mkdir(exist_ok=True)
+    try:
+        _Build(source, config, partial, progress).run()
+    except UserError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    (partial / "journal.json").unlink(missing_ok=True)
+    partial.rename(folder)
+
+
+@dataclass
+class Written:
+    """How much of a split is on the disk."""
+
+    n_documents: int = 0
+    n_tokens: int = 0
+    n_bytes: int = 0
+
+
+@dataclass
+class Journal:
+    """Up to where a build is right.
+
+    Attributes:
+        threshold: documents whose hash is below it are validation.
+        tokenizer: fingerprint.
+        file: number of the file that the last document came from.
+        skip: documents of that file which are done.
+        read: bytes of text done.
+        content: chained SHA-256 of the documents, hexadecimal.
+        splits: what is written of each.
+    """
+
+    threshold: int
+    tokenizer: str
+    content: str
+    file: int = 0
+    skip: int = 0
+    read: int = 0
+    splits: dict[str, Written] = field(default_factory=lambda: {name: Written() for name in SPLITS})
+
+
+class _Build:
+    def __init__(self, source: Source, config: DataConfig, folder: Path, progress: Progress) -> None:
+        self.source, self.config, self.folder, self.progress = source, config, folder, progress
+
+    def run(self) -> None:
+        journal, tokenizer = self._begin()
+        with contextlib.ExitStack() as stack:
+            writers = {
+                name: stack.enter_context(_SplitWriter(self.folder, name, tokenizer, journal.splits[name]))
+                for name in SPLITS
+            }
+            kept = journal.read
+            for texts in self._groups(journal):
+                content = bytes.fromhex(journal.content)
+                for text, ids in zip(texts, tokenizer.encode_batch(texts)):
+                    split_hash, _, digest = _hashes(text)
+                    content = hashlib.sha256(content + digest).digest()
+                    n_bytes = len(text.encode())
+                    writers[SPLITS[split_hash < journal.threshold]].append(ids, n_bytes)
+                    journal.read += n_bytes
+                journal.content = content.hex()
+                self.progress("tokenizing", journal.read, self.source.n_bytes)
+                if journal.read - kept >= JOURNAL_BYTES:
+                    self._note(journal, writers.values())
+                    kept = journal.read
+            for writer in writers.values():
+                writer.flush()
+        self._finish(journal, tokenizer)
+
+    def _begin(self) -> tuple[Journal, Tokenizer]:
+        path = self.folder / "journal.json"
+        if path.exists():
+            facts = read_json(path)
+            journal = Journal(**{**facts, "splits": {name: Written(**facts["splits"][name]) for name in SPLITS}})
+            tokenizer = self._kept_tokenizer()
+            if tokenizer.fingerprint == journal.tokenizer:
+                return journal, tokenizer
+        threshold = _threshold(self.source, self.config.validation_share)
+        tokenizer = _make_tokenizer(self.source, self.config, threshold, self.progress)
+        tokenizer.save(self.folder / "tokenizer.json")
+        seed = hashlib.sha256(json.dumps([threshold, tokenizer.fingerprint]).encode()).hexdigest()
+        return Journal(threshold, tokenizer.fingerprint, seed), tokenizer
+
+    def _kept_tokenizer(self) -> Tokenizer:
+        is_bytes = parse_tokenizer(self.config.tokenizer)[0] == "bytes"
+        return Tokenizer() if is_bytes else Tokenizer.load(self.folder / "tokenizer.json")
+
+    def _groups(self, journal: Journal) -> Iterator[list[str]]:
+        """Documents that are not done yet, in lists of some `_GROUP_CHARS` characters; the journal moves along."""
+        documents = self.source.numbered(journal.file)
+        group, size = [], 0
+        for file, text in islice(documents, journal.skip, None):
+            journal.skip = journal.skip + 1 if file == journal.file else 1
+            journal.file = file
+            group.append(text)
+            size += len(text)
+            if size >= _GROUP_CHARS:
+                yield group
+                group, size = [], 0
+        if group:
+            yield group
+
+    def _note(self, journal: Journal, writers: Any) -> None:
+        for writer in writers:
+            writer.flush()
+        write_json(self.folder / "journal.json", asdict(journal))
+
+    def _finish(self, journal: Journal, tokenizer: Tokenizer) -> None:
+        meta = {
+            "schema": FORMAT_VERSION,
+            "corpus": self.config.corpus,
+            "tokenizer": self.config.tokenizer,
+            "tokenizer_fingerprint": tokenizer.fingerprint,
+            "dtype": tokenizer.dtype.name,
+            "shard_tokens": SHARD_TOKENS,
+            "fingerprint": journal.content,
+            "splits": {name: asdict(written) for name, written in journal.splits.items()},
+        }
+        write_json(self.folder / "meta.json", meta)
+
+
+def shard_path(folder: Path, split: str, number: int) -> Path:
+    """One file of the token stream of a split."""
+    return folder / f"{split}-{number:05d}.bin"
+
+
+class _SplitWriter:
+    """Appends documents to the files of a split, which are first cut back to what was written for certain."""
+
+    def __init__(self, folder: Path, name: str, tokenizer: Tokenizer, written: Written) -> None:
+        self._folder, self._name, self._written = folder, name, written
+        self._eot = np.array([tokenizer.eot_id], tokenizer.dtype)
+        self._offsets = self._open(
+            folder / f"{name}.offsets.bin", 8 * (written.n_documents + 1) * bool(written.n_tokens)
+        )
+        if not written.n_tokens:
+            self._offsets.write(np.zeros(1, np.int64).tobytes())
+        number, inside = divmod(written.n_tokens, SHARD_TOKENS)
+        self._file = self._open(shard_path(folder, name, number), inside * self._eot.itemsize)
+
+    @staticmethod
+    def _open(path: Path, n_bytes: int) -> Any:
+        file = path.open("r+b" if path.exists() else "w+b")
+        file.truncate(n_bytes)
+        file.seek(n_bytes)
+        return file
+
+    def __enter__(self) -> "_SplitWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._offsets.close()
+
+    def append(self, ids: np.ndarray, n_bytes: int) -> None:
+        """Write one document, an end of text before it; it may go on in the next file."""
+        rest = np.concatenate([self._eot, ids])
+        while len(rest):
+            room = SHARD_TOKENS - self._written.n_tokens % SHARD_TOKENS
+            self._file.write(rest[:room].tobytes())
+            self._written.n_tokens += len(rest[:room])
+            rest = rest[room:]
+            if self._written.n_tokens % SHARD_TOKENS == 0:
+                self._next_file()
+        self._offsets.write(np.array([self._written.n_tokens], np.int64).tobytes())
+        self._written.n_documents += 1
+        self._written.n_bytes += n_bytes
+
+    def _next_file(self) -> None:
+        self._sync(self._file)
+        self._file.close()
+        self._file = self._open(shard_path(self._folder, self._name, self._written.n_tokens // SHARD_TOKENS), 0)
+
+    def flush(self) -> None:
+        """To the disk, so that neither a journal nor a rename can tell of what is not there."""
+        self._sync(self._file)
+        self._sync(self._offsets)
+
+    @staticmethod
+    def _sync(file: Any) -> None:
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _hashes(text: str) -> tuple[int, int, bytes]:
+    """Two independent 64-bit numbers from the content (for the split, for the BPE sample), and all 16 bytes."""
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big"), digest
+
+
+def _threshold(source: Source, share: float) -> int:
+    """Documents whose first hash is below this are validation.
+
+    `share` of 2^64. Of a corpus of fewer than `_FEW_DOCUMENTS`, where that would leave the number of validation documents
+    to luck, it is the place that puts a share of them there: two at least (one of very few), and one in training.
+
+    Raises:
+        UserError: fewer than two different documents.
+    """
+    hashes = [_hashes(text)[0] for text in islice(source.documents(), _FEW_DOCUMENTS)]
+    distinct = sorted(set(hashes))
+    if len(distinct) < 2:
+        raise UserError(
+            f"data.corpus: {source.spec}: {'only one document' if distinct else 'no text'}; "
+            "training and validation need at least two different documents"
+        )
+    if len(hashes) == _FEW_DOCUMENTS:
+        return int(share * 2**64)
+    fewest = 2 if len(distinct) >= _ENOUGH_FOR_TWO else 1
+    n_validation = min(max(round(share * len(distinct)), fewest), len(distinct) - 1)
+    return distinct[n_validation]
+
+
+def _make_tokenizer(source: Source, config: DataConfig, threshold: int, progress: Progress) -> Tokenizer:
+    kind, value = parse_tokenizer(config.tokenizer)
+    if kind == "bytes":
+        return Tokenizer()
+    if kind == "file":
+        return Tokenizer.load(value)
+    if kind == "hub":
+        return Tokenizer.from_hub(value)
+    return Tokenizer.train(_bpe_sample(source, threshold, progress), value)
+
+
+def _bpe_sample(source: Source, threshold: int, progress: Progress) -> Iterator[str]:
+    """Training documents of some `BPE_SAMPLE_BYTES`, chosen by content hash, never validation text."""
+    n_bytes = source.n_bytes
+    rate = int(min(1.0, BPE_SAMPLE_BYTES / n_bytes) * 2**64) if n_bytes else 2**64
+    read = taken = 0
+    for text in source.documents():
+        read += len(text)
+        split_hash, sample_hash, _ = _hashes(text)
+        if split_hash < threshold or sample_hash >= rate:
+            continue
+        taken += len(text)
+        yield text
+        progress("training the tokenizer", read, n_bytes)
+        if taken >= (
+            2 * BPE_SAMPLE_BYTES if n_bytes else BPE_SAMPLE_BYTES
+        ):  # compressed files hold more than their size
+            return
