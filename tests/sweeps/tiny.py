@@ -36,19 +36,18 @@ def write_corpus(folder: Path) -> Path:
     return path
 
 
-def sweep_dict(folder: Path, *, steps: int = 8, seeds=(0, 1, 2), name: str = "tiny", **more) -> dict:
+def sweep_dict(folder: Path, *, steps: int = 8, seeds=(0, 1, 2), name: str = "tiny", base_update=None, **more) -> dict:
     """Runs that differ in seed and, so that one is the longest, in tokens."""
     corpus = folder / "corpus.jsonl"
     if not corpus.exists():
         write_corpus(folder)
     train = {"batch_tokens": 128, "tokens": 128 * steps, "checkpoint_every": 5, "log_every": 1}
+    if "budgets" in more:
+        del train["tokens"]
+    data = {"corpus": str(corpus), "tokenizer": "bytes", "seq_len": 64, "validation_tokens": 512}
     return {
         "name": name,
-        "base": {
-            "data": {"corpus": str(corpus), "tokenizer": "bytes", "seq_len": 64, "validation_tokens": 512},
-            "train": train,
-            "model": MODEL,
-        },
+        "base": {"data": data, "train": train, "model": MODEL, **(base_update or {})},
         "axes": {"grid": {"seed": list(seeds)}},
         "minimum": {"steps": 0},  # these runs are far shorter than any that would teach something
         **more,
