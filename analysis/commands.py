@@ -152,6 +152,24 @@ def export_verb(
         _print(str(out) if out is not None else text.rstrip("\n"))
 
 
+@app.command("lr")
+def lr_verb(
+    results: Results,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="folder; `lr` beside the results")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Whether learning rates transfer over widths: a verdict, a figure, and lr.yaml, which sweeps name as `tuned`."""
+    from analysis.data import find_results, read_table
+    from analysis.lr import analyse_transfer, format_transfer, save_transfer, transfer_json
+
+    transfer = analyse_transfer(read_table(find_results(results)))
+    paths = save_transfer(transfer, out or find_results(results).parent / "lr")
+    if as_json:
+        _print({**transfer_json(transfer), "files": [str(path) for path in paths]})
+    else:
+        _print("\n".join([format_transfer(transfer), *(f"-> {path}" for path in paths)]))
+
+
 @app.command("report")
 def report_verb(
     results: Results,

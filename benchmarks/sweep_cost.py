@@ -87,9 +87,10 @@ def main() -> None:
     columns = {"flops": "training FLOPs", "run_seconds": "run seconds", "elapsed_seconds": "elapsed seconds"}
     ratios = {key: found["alone"][key] / found["shared"][key] for key in columns}
     rows = [
-        [told, *(f"{found[name][key]:.4g}" for name in found), f"{ratios[key]:.2f}x"] for key, told in columns.items()
+        {"": told, **{name: found[name][key] for name in found}, "times less": ratios[key]}
+        for key, told in columns.items()
     ]
-    print(format_table(["", "alone", "shared trunks", "less"], rows))
+    print(format_table(rows))
     path = write_result(
         options.name, {"environment": environment("cpu"), "options": vars(options), **found, "less": ratios}
     )

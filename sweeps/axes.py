@@ -21,7 +21,7 @@ ALIASES = {"compression_ratio": "model.boundary.compression_ratio", "boundary": 
 # Names that the shape solver consumes.
 DESIGN = ("size", "concept_share", "parametrization")
 # Keys whose values may be written as 0.3M.
-COUNTS = ("size", "train.tokens", "train.batch_tokens", "train.micro_batch_tokens")
+COUNTS = ("size", "optim.warmup_tokens", "train.tokens", "train.batch_tokens", "train.micro_batch_tokens")
 _UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 

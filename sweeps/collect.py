@@ -64,6 +64,11 @@ COLUMNS: Mapping[str, Column] = {
     "bits_per_byte": Column("float64", "bits/byte", "validation loss per UTF-8 byte"),
     "lr_token": Column("float64", "", "peak learning rate of the token side at the base width"),
     "lr_concept": Column("float64", "", "the same of the concept side; lr_token for a dense model"),
+    "lr_source": Column("str", "", "where both are from: a tuned file and its hash, the sweep file, or the defaults"),
+    "d_token": Column("int64", "", "token width"),
+    "d_concept": Column("int64", "", "concept width; 0 for a dense model"),
+    "d_token_base": Column("int64", "", "token width that the rates hold at (muP)"),
+    "d_concept_base": Column("int64", "", "concept width that they hold at; 0 for a dense model"),
     "status": Column("str", "", "planned, queued, running, finished, failed, diverged, cancelled or lost"),
     "wall_s": Column("float64", "s", "time spent training it, over all starts, without that of a trunk"),
     "device": Column("str", "", "what it was trained on"),
@@ -148,6 +153,8 @@ def _row(sweep: StoredSweep, run: StoredRun, state: RunState) -> dict[str, Any]:
         "flops_train_planned": run.flops_planned,
         "lr_token": config.optim.lr_token,
         "lr_concept": config.optim.lr_token if model.is_dense else config.optim.lr_concept,
+        "lr_source": run.row.get("lr_source"),
+        **{name: getattr(model, name) for name in ("d_token", "d_concept", "d_token_base", "d_concept_base")},
         "status": state.status,
     }
     # Read as a file, not through `dlcm.train`: making a table needs no torch.

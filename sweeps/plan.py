@@ -14,6 +14,7 @@ from flops import FlopCount, ParamCount
 from sweeps.axes import ALIASES, DESIGN, expand, unflatten
 from sweeps.points import PlannedModel, Point, Shared
 from sweeps.trunks import shared_steps
+from sweeps.tuned import apply_tuned, describe_source
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -147,7 +148,8 @@ class Plan:
         """One row a run, named as in results.parquet where the column exists there."""
         import pandas as pd
 
-        return pd.DataFrame([plan_row(run, self.sweep.name) for run in self.runs])
+        source = describe_source(self.sweep.tuned, given_keys(self.sweep))
+        return pd.DataFrame([{**plan_row(run, self.sweep.name), "lr_source": source} for run in self.runs])
 
     def save(self, path: Path) -> None:
         """Write `to_frame()` as parquet, atomically."""
@@ -218,7 +220,8 @@ def plan(sweep: "Sweep") -> Plan:
     """
     _check_given(sweep)
     shared = Shared(sweep)
-    points = [{**sweep.base, **point} for point in expand(sweep.axes)]
+    tuned = {} if sweep.tuned is None else apply_tuned(Path(sweep.tuned), given_keys(sweep), sweep.where)
+    points = [{**sweep.base, **tuned, **point} for point in expand(sweep.axes)]
     runs: dict[str, PlannedRun] = {}
     short: list[str] = []
     for values in (*points, *shared.baseline_points(points)):
@@ -247,10 +250,15 @@ def plan(sweep: "Sweep") -> Plan:
     )
 
 
+def given_keys(sweep: "Sweep") -> set[str]:
+    """Every key that the sweep sets in its base or its axes."""
+    axes = sweep.axes
+    return {*sweep.base, *axes.grid, *axes.zip, *(key for entry in axes.list for key in entry)}
+
+
 def _check_given(sweep: "Sweep") -> None:
     """Exactly one of `budgets` and `train.tokens` sets how long the runs are, and one rule how large a batch is."""
-    axes, baseline = sweep.axes, sweep.baseline
-    keys = {*sweep.base, *axes.grid, *axes.zip, *(key for entry in axes.list for key in entry)}
+    baseline, keys = sweep.baseline, given_keys(sweep)
     if sweep.budgets is None and "train.tokens" not in keys:
         raise UserError(
             f"{sweep.where}: no length of the runs: add budgets (flops, tokens or tokens_per_parameter) or train.tokens"

@@ -11,6 +11,7 @@
       list: [{model.pooling: mean}, {model.pooling: first}]                    # as written
     budgets: {flops: [1e12, 3e12]}                                             # or tokens, or tokens_per_parameter
     batch: {rule: power, of: tokens}                                           # a published law in place of train.batch_tokens
+    tuned: lr.yaml                                                             # in place of the rates: `dlcm analyze lr`
     warmup: {rule: parameters}                                                 # as many tokens as parameters
     minimum: {steps: 100, tokens_per_parameter: 1}                             # shorter runs are refused
     baseline: {match: parameters}                                              # the dense model at each size
@@ -134,6 +135,9 @@ class Sweep(Frozen):
     budgets: Budgets | None = Field(default=None, description="lengths of the runs; train.tokens where absent")
     batch: BatchRule = Field(default=BatchRule(), description="tokens of a step; train.batch_tokens by default")
     warmup: WarmupRule = Field(default=WarmupRule(), description="tokens of the warm-up; what optim says by default")
+    tuned: str | None = Field(
+        default=None, description="file with learning rates and base widths that `dlcm analyze lr` wrote"
+    )
     minimum: Minimum = Field(default=Minimum(), description="steps and tokens per parameter that a run must have")
     baseline: Baseline | None = Field(default=None, description="dense models to compare with")
     evaluate: tuple[str, ...] = Field(default=(), description="tasks for every finished run: a name, or a .jsonl file")
@@ -247,6 +251,8 @@ def _checked_paths(sweep: Sweep, where: str, folder: Path) -> dict[str, Any]:
                     f"{where}: baseline.set.{key}: the baseline is dense and takes its size from baseline.sizes"
                 )
         update["baseline"] = sweep.baseline.model_copy(update={"set": files(overrides, "baseline.set")})
+    if sweep.tuned is not None:
+        update["tuned"] = _find(sweep.tuned, folder, f"{where}: tuned")
     return update
 
 

@@ -1,0 +1,135 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from analysis.lr import analyse_transfer, format_transfer, save_transfer, tuned_yaml
+from dlcm.errors import UserError
+from sweeps import Sweep, plan
+from tests.sweeps.tiny import sweep_dict
+
+RATES = tuple(1e-3 * 1.5**k for k in range(7))
+SIZES = {48: 300_000, 96: 1_200_000, 192: 5_000_000}
+
+
+def planted(
+    exponent: float = 0.0, best: float = RATES[3], kind: str = "mup", sizes=SIZES, noise: float = 0.0
+) -> pd.DataFrame:
+    """Losses that are parabolas in the log rate, with the lowest point at `best` x (width / 48) ^ `exponent`."""
+    rows, generator = [], np.random.default_rng(0)
+    for width, n in sizes.items():
+        lowest = best * (width / 48) ** exponent
+        for rate in RATES:
+            loss = 4.0 - 0.1 * np.log(width) + 0.2 * np.log(rate / lowest) ** 2 + noise * generator.normal()
+            base = 64 if kind == "mup" else width
+            rows.append(
+                {
+                    "sweep": "planted", "model": "dlcm", "seed": 0, "status": "finished", "tokens": 500_000, "lr_token": rate,
+                    "lr_concept": rate, "loss_nats": loss, "params_total": n + 1000, "params_embedding": 1000,
+                    "d_token": width, "d_concept": width, "d_token_base": base, "d_concept_base": base,
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("exponent", [0.0, -0.5, -1.0])
+def test_the_planted_movement_of_the_best_rate_is_found(exponent):
+    found = analyse_transfer(planted(exponent, best=RATES[5] if exponent else RATES[3]))
+    assert found.drift("mup") == pytest.approx(exponent, abs=0.02)
+    assert found.transfers is (exponent == 0.0)
+    assert found.step == pytest.approx(1.5)
+
+
+def test_the_refined_rate_is_the_vertex_of_the_planted_parabola():
+    found = analyse_transfer(planted(best=1.2 * RATES[3]))
+    assert [curve.refined for curve in found.of("mup")] == pytest.approx([1.2 * RATES[3]] * 3, rel=1e-9)
+    assert [curve.best for curve in found.of("mup")] == [RATES[3]] * 3
+
+
+def test_mup_and_standard_are_told_apart_by_their_base_widths():
+    both = pd.concat([planted(), planted(-1.0, best=RATES[5], kind="standard")], ignore_index=True)
+    found = analyse_transfer(both)
+    assert len(found.of("mup")) == len(found.of("standard")) == 3
+    assert found.transfers is True
+    assert found.shift("standard") == pytest.approx(3, abs=1)
+    assert "verdict: the rate transfers; base rate 0.00337" in format_transfer(found)
+
+
+def test_a_best_rate_at_the_edge_of_the_grid_is_no_transfer():
+    found = analyse_transfer(planted(best=RATES[0] / 3))
+    assert found.shift("mup") == 0
+    assert found.transfers is False
+    assert "at the edge of the grid" in format_transfer(found)
+
+
+def test_diverged_runs_are_never_the_best_and_one_size_has_no_verdict():
+    frame = planted(sizes={48: 300_000})
+    frame.loc[frame["lr_token"] > RATES[4], ["status", "loss_nats"]] = "diverged", np.nan
+    frame.loc[frame["lr_token"] > RATES[4], "loss_nats"] = np.nan
+    found = analyse_transfer(frame)
+    assert (found.rate, found.transfers, found.shift("mup")) == (RATES[3], None, None)
+    assert "nothing is said" in format_transfer(found)
+
+
+def test_unequal_rates_are_compared_with_the_best_equal_ones():
+    frame = planted()
+    unequal = frame[frame["lr_token"] == RATES[3]].assign(lr_concept=RATES[4])
+    unequal["loss_nats"] += 0.02
+    found = analyse_transfer(pd.concat([frame, unequal], ignore_index=True))
+    assert list(found.off_diagonal.values()) == pytest.approx([0.02] * 3)
+
+
+def test_too_few_rates_and_missing_columns_are_told():
+    with pytest.raises(UserError, match="three learning rates"):
+        analyse_transfer(planted()[lambda f: f["lr_token"] < RATES[2]])
+    with pytest.raises(UserError, match="no column d_token_base"):
+        analyse_transfer(planted().drop(columns="d_token_base"))
+
+
+def test_a_sweep_takes_its_rates_from_the_file_and_every_row_says_so(tmp_path, dlcm):
+    planted().to_parquet(tmp_path / "results.parquet")
+    status, out, _ = dlcm("analyze", "lr", str(tmp_path / "results.parquet"), "--json")
+    assert status == 0
+    assert json.loads(out)["transfers"] is True
+    assert {path.name for path in (tmp_path / "lr").iterdir()} == {"lr.yaml", "lr_transfer.png", "lr_transfer.svg"}
+    data = sweep_dict(tmp_path, tuned="lr/lr.yaml")
+    data["base"]["model"] = {**data["base"]["model"]}
+    found = plan(Sweep.from_dict(data, folder=tmp_path))
+    optim, model = found.runs[0].config.optim, found.runs[0].config.model
+    assert (optim.lr_token, optim.lr_concept, model.d_token_base) == (RATES[3], RATES[3], 64)
+    assert found.to_frame()["lr_source"].str.match(r"lr\.yaml sha256:[0-9a-f]{12}$").all()
+    data["base"]["optim.lr_token"] = 1e-3
+    with pytest.raises(UserError, match=r"both tuned \(lr.yaml\) and optim.lr_token"):
+        plan(Sweep.from_dict(data, folder=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr_token": -1}, "lr_token"),
+        ({"schema": 2}, "schema"),
+        ({"lr_tokn": 1}, "lr_tokn"),
+    ],
+)
+def test_a_wrong_tuned_file_is_named(change, message, tmp_path):
+    content = yaml.safe_load(tuned_yaml(analyse_transfer(planted()))) | change
+    (tmp_path / "lr.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=message) as error:
+        plan(Sweep.from_dict(sweep_dict(tmp_path, tuned="lr.yaml"), folder=tmp_path))
+    assert "lr.yaml" in str(error.value)
+    with pytest.raises(UserError, match="neither a known name nor a file"):
+        Sweep.from_dict(sweep_dict(tmp_path, tuned="missing.yaml"), folder=tmp_path)
+
+
+def test_rates_without_a_file_say_where_they_are_from(tmp_path):
+    assert set(plan(Sweep.from_dict(sweep_dict(tmp_path))).to_frame()["lr_source"]) == {"default"}
+    given = sweep_dict(tmp_path, base_update={"optim.lr_token": 2e-3})
+    assert set(plan(Sweep.from_dict(given)).to_frame()["lr_source"]) == {"sweep file"}
+
+
+def test_the_figure_and_the_file_are_written(tmp_path):
+    both = pd.concat([planted(noise=0.01), planted(-1.0, best=RATES[5], kind="standard")], ignore_index=True)
+    paths = save_transfer(analyse_transfer(both), tmp_path)
+    assert all(path.stat().st_size > 200 for path in paths)
