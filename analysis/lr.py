@@ -161,7 +161,7 @@ def _off_diagonal(unequal: Any, curves: Sequence[Curve]) -> dict[int, float]:
 def _facts(runs: Any) -> dict[str, Any]:
     mup = runs[runs["parametrization"] == "mup"]
     one = mup.iloc[0]
-    digest = hashlib.sha256(pd.util.hash_pandas_object(mup, index=False).to_numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(mup.to_csv(index=False).encode()).hexdigest()
     return {
         "d_token_base": int(one["d_token_base"]),
         "d_concept_base": int(one["d_concept_base"]),

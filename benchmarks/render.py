@@ -132,6 +132,27 @@ def faults_table(payload: Payload) -> str:
     )
 
 
+def sweep_cost_table(payload: Payload) -> str:
+    """What the sweep cost with and without shared trunks."""
+    titles = {"flops": "training FLOPs", "run_seconds": "seconds of all runs", "elapsed_seconds": "seconds to the end"}
+    rows = [
+        {
+            "": title,
+            "alone": payload["alone"][key],
+            "shared trunks": payload["shared"][key],
+            "times less": payload["less"][key],
+        }
+        for key, title in titles.items()
+    ]
+    about = f"{payload['shared']['runs']} runs, of which {payload['shared']['branches']} branch from longer ones."
+    return f"{format_table(rows)}\n\n{about}"
+
+
+def data_table(payload: Payload) -> str:
+    """Rates of tokenizing, then the loader beside the step."""
+    return f"{format_table(payload['tokenizing'])}\n\n{format_table(payload['loader'])}"
+
+
 def step_table(payload: Payload) -> str:
     """Both models, then what the comparison gives."""
     lines = [
@@ -206,6 +227,8 @@ AGAINST_PAPER = "FlexAttention's time over that of replication, at R = 4, here a
 
 # By the start of a result's name; rows as they are for all others.
 TABLES: dict[str, Callable[[Payload], str]] = {
+    "sweep_cost": sweep_cost_table,
+    "data_": data_table,
     "coordinate_check": coordinate_table,
     "faults": faults_table,
     "plan_": plan_table,
