@@ -11,6 +11,7 @@ Shape legend: N bytes of all documents, K words, D documents.
 """
 
 import json
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +23,7 @@ _LETTER, _DIGIT, _OTHER, _WHITE, _SPACE, _END = range(6)
 _SEPARATOR = 0xFF  # occurs in no UTF-8
 _APOSTROPHE = ord("'")
 _CONTRACTIONS = (b"'s", b"'t", b"'m", b"'d", b"'re", b"'ve", b"'ll")
-_TABLE_BITS = 18
+_TABLE_BITS = 19
 _MAX_WORD = 16  # bytes of a word that the table holds; longer ones are looked up one by one
 _MAX_KEPT_BYTES, _MAX_KEPT = 64, 1 << 20  # of words that are remembered: memory stays bounded
 
@@ -124,11 +125,12 @@ class WordEncoder:
         passing: dict[bytes, tuple[int, int]] = {}  # too long to be remembered
         if new:
             encoded = self._backend.encode_batch_fast([word.decode() for word in new], add_special_tokens=False)
-            for word, item in zip(new, encoded):
-                ids = np.array(item.ids, self._dtype)
+            found = [item.ids for item in encoded]
+            counts = [len(ids) for ids in found]
+            for word, start, n in zip(new, accumulate(counts, initial=self._used), counts):
                 kept = self._words if len(word) <= _MAX_KEPT_BYTES else passing
-                kept[word] = (self._used, len(ids))
-                self._append(ids)
+                kept[word] = (start, n)
+            self._append(np.array(list(chain.from_iterable(found)), self._dtype))
         return [self._words.get(word) or passing[word] for word in words]
 
     def _append(self, ids: np.ndarray) -> None:
