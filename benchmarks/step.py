@@ -13,6 +13,7 @@ Limit (`--assert`): 1.15 at 5M parameters on a CPU in fp32; 1.2 at 350M on a GPU
 """
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ class Setting:
     n_windows: int
     seq_len: int
     repeats: int
-    limit: float
+    limit: float = math.inf
 
 
 SETTINGS = {

@@ -12,7 +12,6 @@ Limits (`--assert`): dense over Llama at least 1.1; on a GPU at 350M an MFU of 4
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import count as from_zero
 from typing import Any
 
@@ -20,27 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import device_name, environment, format_table, median_ms, write_result
+from benchmarks.step import RATIO, Setting, configs
 from dlcm.boundary import global_statistics, ratio_loss, uniform_draws
-from dlcm.config import BoundaryConfig, ModelConfig, OptimConfig
+from dlcm.config import ModelConfig, OptimConfig
 from dlcm.model import Model, build_model
 from dlcm.optim import build_optimizer
 from flops import count, parameters
 from flops.hardware import recognise
-from sweeps.shapes import dense_shape, dlcm_shape
 
-RATIO, SHARE, LEAST = 4.0, 0.5, 1.1
+LEAST = 1.1
 MFU_LIMITS = {"dense": 0.45, "dlcm": 0.38}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Parameters without embeddings, vocabulary, windows of a batch, their length, repeats."""
-
-    size: float
-    vocab_size: int
-    n_windows: int
-    seq_len: int
-    repeats: int
 
 
 SETTINGS = {
@@ -69,18 +57,6 @@ def llama(config: ModelConfig, seq_len: int) -> nn.Module:
             use_cache=False,
         )
     )
-
-
-def dense_config(setting: Setting) -> ModelConfig:
-    """Our dense model."""
-    shape: dict[str, Any] = dense_shape(setting.size)
-    return ModelConfig(kind="dense", vocab_size=setting.vocab_size, **shape)
-
-
-def dlcm_config(setting: Setting) -> ModelConfig:
-    """The DLCM of as many parameters without embeddings."""
-    shape: dict[str, Any] = dlcm_shape(setting.size, SHARE)
-    return ModelConfig(vocab_size=setting.vocab_size, boundary=BoundaryConfig(compression_ratio=RATIO), **shape)
 
 
 def stepper(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer, module: nn.Module) -> Callable[[], None]:
@@ -121,7 +97,7 @@ def measure(setting: Setting, device: str, compiled: bool) -> dict[str, Any]:
     tokens_T = torch.randint(0, setting.vocab_size, (setting.n_windows * setting.seq_len + 1,)).to(device)
     autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
     optim = OptimConfig(lr_token=1e-5, lr_concept=1e-5)
-    shapes = {"dense": dense_config(setting), "dlcm": dlcm_config(setting)}
+    shapes = configs(setting)
     theirs = llama(shapes["dense"], setting.seq_len).to(device).train()
     rows_BT = tokens_T[:-1].view(setting.n_windows, -1)
     labels_BT = tokens_T[1:].view(setting.n_windows, -1)

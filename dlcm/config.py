@@ -15,6 +15,12 @@ from pydantic import Field
 SCHEMA_VERSION = 1
 # The last share of the steps, over which the realised R in training is averaged.
 FINAL_SHARE = 0.1
+# Fields, by block, that the steps before the decay do not depend on.
+NOT_IN_TRUNK = {
+    "data": ("validation_tokens",),
+    "optim": ("decay_share", "final_lr_ratio"),
+    "train": ("tokens", "measure_stable"),
+}
 
 Detector = Literal["learned", "cosine", "fixed", "random", "delimiter_word", "delimiter_sentence"]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -325,18 +331,11 @@ class RunConfig(Frozen):
     def trunk(self) -> str | None:
         """Hash of all that the first `n_stable_steps` depend on; runs that agree in it agree in those steps. None where 0.
 
-        It leaves out how long the run is, and how it decays.
+        It leaves out `NOT_IN_TRUNK`: how long the run is, how it decays, and how it is judged.
         """
         if self.n_stable_steps == 0:
             return None
-        blocks = self.model_dump(mode="json")
-        del (
-            blocks["train"]["tokens"],
-            blocks["train"]["measure_stable"],
-            blocks["optim"]["decay_share"],
-            blocks["optim"]["final_lr_ratio"],
-        )
-        del blocks["data"]["validation_tokens"]
+        blocks = self.model_dump(mode="json", exclude={name: set(fields) for name, fields in NOT_IN_TRUNK.items()})
         return hashlib.sha256(canonical_json(blocks).encode()).hexdigest()
 
     @property

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from dlcm.config import DataConfig, Frozen, ModelConfig, OptimConfig, RunConfig, canonical_json
+from dlcm.config import NOT_IN_TRUNK, DataConfig, Frozen, ModelConfig, OptimConfig, RunConfig, canonical_json
 from dlcm.errors import UserError, nearest, parse
 from flops import FlopCount, ParamCount, count, parameters
 from sweeps.axes import ALIASES, DESIGN, label, parse_count, unflatten
@@ -100,16 +100,14 @@ class Shared:
         """What runs with a common trunk have in common, as `RunConfig.trunk` has it but without writing the whole config."""
         if not config.n_stable_steps:
             return None
-        optim, train, data = config.optim, config.train, config.data
-        same_optim = self._trunk_part(optim, {"decay_share": 0.0, "final_lr_ratio": 0.0})
-        same_train = self._trunk_part(train, {"tokens": 1, "measure_stable": False})
-        return id(config.model), self._trunk_part(data, {"validation_tokens": 1}), same_optim, same_train, config.seed
+        parts = (self._trunk_part(getattr(config, name), fields) for name, fields in NOT_IN_TRUNK.items())
+        return id(config.model), config.seed, *parts
 
-    def _trunk_part(self, block: Frozen, without: Mapping[str, Any]) -> str:
+    def _trunk_part(self, block: Frozen, without: tuple[str, ...]) -> str:
         key = id(block)  # blocks live as long as their sweep: see `block`
         found = self._trunk_parts.get(key)
         if found is None:
-            found = self._trunk_parts[key] = canonical_json(block.model_copy(update=dict(without)))
+            found = self._trunk_parts[key] = canonical_json(block.model_dump(mode="json", exclude=set(without)))
         return found
 
     def model(self, values: Point, where: str) -> PlannedModel:

@@ -109,10 +109,7 @@ def work(
     report, tried, n_alone = WorkerReport(), set(), 0
     while not stop():
         # Read anew each time: a later submission may have added runs, or changed what is evaluated.
-        sweep = load_sweep(sweep_dir)
-        if only is not None:
-            chosen = frozenset(only)
-            sweep = replace(sweep, runs=tuple(run for run in sweep.runs if run.run_id in chosen))
+        sweep = _only(load_sweep(sweep_dir), only)
         full = max_runs is not None and n_alone >= max_runs
         with claim_next(sweep, submission, tried, stop, only_branches=full) as claim:
             if claim is None:
@@ -127,6 +124,14 @@ def work(
                 _Task(run, sweep, held, beat, report, stop, on_step, announce, start.trunk, family).do()
             tidy(family)
     return report
+
+
+def _only(sweep: StoredSweep, run_ids: Sequence[str] | None) -> StoredSweep:
+    """The sweep with these of its runs; with all where none are named."""
+    if run_ids is None:
+        return sweep
+    chosen = frozenset(run_ids)
+    return replace(sweep, runs=tuple(run for run in sweep.runs if run.run_id in chosen))
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,8 @@ def test_the_lease_of_another_machine_counts_until_it_runs_out(tmp_path):
 
 def test_a_released_lease_of_another_machine_is_free_at_once(tmp_path):
     elsewhere(tmp_path).with_suffix(".released").touch()
-    with lease(tmp_path, NAME):
-        pass
+    with lease(tmp_path, NAME) as mine:
+        assert mine.generation == 2
 
 
 def test_a_holder_that_was_frozen_finds_that_it_was_taken_over(tmp_path):
