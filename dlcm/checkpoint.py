@@ -18,15 +18,23 @@ if TYPE_CHECKING:
 N_KEPT = 2
 
 
-def save_checkpoint(run_dir: Path, step: int, config: RunConfig, state: dict[str, Any]) -> Path:
-    """Write `checkpoints/step-<step>.pt` atomically and delete all but the newest `N_KEPT`."""
+def save_checkpoint(
+    run_dir: Path, step: int, config: RunConfig, state: dict[str, Any], good_step: int | None = None
+) -> Path:
+    """Write `checkpoints/step-<step>.pt` atomically; delete all but the newest `N_KEPT` and that of `good_step`."""
     buffer = io.BytesIO()
     torch.save({"schema": SCHEMA_VERSION, "config_hash": config.hash, "step": step, **state}, buffer)
-    path = run_dir / "checkpoints" / f"step-{step:08d}.pt"
+    path = checkpoint_path(run_dir, step)
     write_atomic(path, buffer.getvalue())
     for old in checkpoint_paths(run_dir)[N_KEPT:]:
-        old.unlink()
+        if good_step is None or old != checkpoint_path(run_dir, good_step):
+            old.unlink()
     return path
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where the state after `step` steps is saved."""
+    return run_dir / "checkpoints" / f"step-{step:08d}.pt"
 
 
 def checkpoint_paths(run_dir: Path) -> list[Path]:

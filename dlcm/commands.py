@@ -13,7 +13,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 @app.command("train")
-def train_verb(config: ConfigFile, run_dir: RunDir, as_json: AsJson = False) -> None:
+def train_verb(
+    config: ConfigFile,
+    run_dir: RunDir,
+    track: Annotated[
+        list[str] | None, typer.Option("--track", help="tensorboard or wandb: show metrics there too; repeatable")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Train one run, or continue it where it stopped."""
     import dataclasses
     import json
@@ -34,9 +41,8 @@ def train_verb(config: ConfigFile, run_dir: RunDir, as_json: AsJson = False) -> 
         result = train(
             run,
             run_dir,
-            on_step=lambda at: report(
-                "training", at.step, at.n_steps, f"loss {at.loss_nats:.3f}  {at.tokens_per_s:,.0f} tokens/s"
-            ),
+            on_step=lambda at: report("training", at.step, at.n_steps, at.told()),
+            trackers=track or (),
         )
     if not ranks.is_main:
         return

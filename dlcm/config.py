@@ -245,8 +245,10 @@ class TrainConfig(Frozen):
         default=False,
         description="measure the validation loss also where the decay of `wsd` begins, for the law of the decay's gain (eq 23)",
     )
-    compile: bool = Field(
-        default=False, description="compile the stacks with torch.compile; needs a C++ compiler, or a GPU"
+    compile: bool | Literal["auto"] = Field(
+        default="auto",
+        description="compile the stacks with torch.compile; auto: on a GPU where a measurement says that it pays for this run, "
+        "never on a CPU",
     )
 
     def is_bf16(self, device: str) -> bool:

@@ -21,7 +21,7 @@ class Reporter:
         self._quiet = quiet
         self._live = None
         self._what = ""
-        self._started = self._written = 0.0
+        self._started = self._written = self._first = 0.0
 
     def __enter__(self) -> "Reporter":
         if not self._quiet and self._stream.isatty():
@@ -46,12 +46,13 @@ class Reporter:
             return
         new = what != self._what
         if new:
-            self._what, self._started, self._written = what, time.monotonic(), 0.0
+            # What was done before this began, as by a run that goes on, says nothing about the pace.
+            self._what, self._started, self._written, self._first = what, time.monotonic(), 0.0, done
         if self._live is not None:
             if new or not self._live.tasks:
                 for task in self._live.tasks:
                     self._live.remove_task(task.id)
-                self._live.add_task(what, total=total, note=note)
+                self._live.add_task(what, total=total, note=note, completed=int(done))
             self._live.update(self._live.tasks[-1].id, completed=done, total=total, note=note)
         elif new or time.monotonic() - self._written >= _PLAIN_INTERVAL_S:
             self._written = time.monotonic()
@@ -61,7 +62,7 @@ class Reporter:
         parts = [self._what]
         if total:
             parts.append(f"{min(done / total, 1.0):.0%}")
-            if 0 < done < total:
-                left = (time.monotonic() - self._started) * (total - done) / done
+            if self._first < done < total:
+                left = (time.monotonic() - self._started) * (total - done) / (done - self._first)
                 parts.append(f"{left:.0f} s left")
         return ", ".join([*parts, note] if note else parts)

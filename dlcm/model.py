@@ -15,7 +15,6 @@ H query heads, G key-value heads, A head width, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -39,42 +38,11 @@ from dlcm.layers import (
     token_block,
 )
 from dlcm.loss import linear_cross_entropy
+from dlcm.output import Output as Output
+from dlcm.output import mean_square
 
 # Taps of the causal smoother over concepts, the own one included.
 SMOOTHER_WIDTH = 4
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a forward pass returns; the leading shape is that of the tokens.
-
-    Attributes:
-        logits: (..., V), in the compute dtype; (..., 0) where targets were given.
-        boundaries: bool; every token for a dense model.
-        boundary_prob: p_t; ones for a dense model.
-        segments: the concepts, packed; None for a dense model and with a cache.
-        detection: scores and statistics of the detector; None for a dense model or injected boundaries.
-        loss_sum: sum of the cross-entropies in nats, differentiable; None without targets.
-        nats: cross-entropy of each token, without gradient, like the tokens; None without targets.
-    """
-
-    logits: Tensor
-    boundaries: Tensor
-    boundary_prob: Tensor
-    segments: Segments | None
-    detection: Boundaries | None
-    loss_sum: Tensor | None = None
-    nats: Tensor | None = None
-
-    @property
-    def n_concepts(self) -> int:
-        """M, the number of concepts; the number of tokens for a dense model."""
-        return int(self.boundaries.sum()) if self.segments is None else self.segments.n_concepts
-
-    @property
-    def tokens_per_concept(self) -> float:
-        """Realised R of this pass: L / M."""
-        return self.boundaries.numel() / max(self.n_concepts, 1)
 
 
 class ConceptStack(nn.Module):
@@ -188,6 +156,7 @@ class Model(nn.Module):
         cache: Cache | None = None,
         lengths: Tensor | None = None,
         targets: Tensor | None = None,
+        with_scales: bool = False,
     ) -> Output:
         """Predict the next token everywhere.
 
@@ -201,6 +170,7 @@ class Model(nn.Module):
             lengths: (B,), how many of the t tokens of each row are real, the others are padding on the right, whose logits
                 are zero; only with a cache. None is all.
             targets: int64 like `tokens`: losses in place of logits, which are then never there as a whole; not with a cache.
+            with_scales: measure the activations behind embedding, encoder, concepts and decoder; not with a cache.
 
         Returns:
             Output; its tensors lead with the shape of `tokens`.
@@ -214,7 +184,9 @@ class Model(nn.Module):
         shape, tokens_T = tokens.shape, tokens.flatten()
         packing = Packing(_bounds(tokens, cu_seqlens))
         rotary, attend = self.rotary(packing.position_T), SelfAttend(packing, self.config.attention_backend)
-        x_TW = self._stack("encode")(self.embedding(tokens_T), rotary, [attend] * len(self.encoder))
+        embedded_TW = self.embedding(tokens_T)
+        x_TW = self._stack("encode")(embedded_TW, rotary, [attend] * len(self.encoder))
+        parts = {"embedding": embedded_TW, "encoder": x_TW}
         decision_T, prob_T, detection = self._decide(x_TW, tokens_T, packing, _flat(boundaries), _flat(draws))
         segments = None
         if not self.config.is_dense:
@@ -222,6 +194,7 @@ class Model(nn.Module):
             concepts = self._concepts(x_TW, segments, detection)
             attends, reads = [attend] * len(self.decoder), [self._read(segments)] * self.config.n_cross_attentions
             x_TW = self._stack("decode")(x_TW, concepts, rotary, attends, reads)
+            parts |= {"concepts": concepts.z_KC[: segments.n_concepts], "decoder": x_TW}
         if targets is None:
             logits_TV, losses = self.head(x_TW), {}
         else:
@@ -234,6 +207,7 @@ class Model(nn.Module):
             segments,
             detection,
             **losses,
+            scales={name: mean_square(x) for name, x in parts.items()} if with_scales else None,
         )
 
     def new_cache(self, batch_size: int) -> Cache:

@@ -30,6 +30,8 @@ class Result:
         trunk: run that it has its first steps from (`dlcm.trunk`); None where it was trained alone.
         trunk_tokens: tokens of those steps.
         trunk_wall_s: seconds that they took there.
+        last_good_step: of a diverged run, the newest checkpoint that was saved while the loss was near its lowest; None where
+            there is none.
     """
 
     run_id: str
@@ -52,6 +54,7 @@ class Result:
     trunk: str | None = None
     trunk_tokens: int = 0
     trunk_wall_s: float = 0.0
+    last_good_step: int | None = None
     schema: int = SCHEMA_VERSION
 
 

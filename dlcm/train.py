@@ -1,13 +1,15 @@
 """One run: train(config, run_dir) -> Result. Everything it says is a file of the run directory.
 
     run.json            the whole config            env.json         code, versions, machine
-    metrics.jsonl       one line a log interval     checkpoints/     the newest two, atomic
+    metrics.jsonl       one line a log interval     checkpoints/     the newest two, the last good one; atomic
     result.json         written last: its presence is what "finished" means
 
 A line of metrics.jsonl holds, over the steps since the line before: `loss_nats`, `boundary_rate` (F, the share of tokens
 that were boundaries), `boundary_prob` (G, the mean of p), `tokens_per_concept` (1/F); and at its step: `step`, `tokens`, `lr`,
-`tokens_per_s`, `grad_norm`, and `boundary_offset`, what the controller adds to the score (in logits) before it decides, null
-without a controller. F, G and the controller are those of the global batch, over all micro-batches and ranks.
+`tokens_per_s`, `mfu` (null where no peak of the device is known), `grad_norm`, `rms_embedding`, `rms_encoder`, `rms_concepts`,
+`rms_decoder` (root mean square of the activations behind each part, null for parts that a dense model lacks), and
+`boundary_offset`, what the controller adds to the score (in logits) before it decides, null without a controller. F, G and the
+controller are those of the global batch, over all micro-batches and ranks.
 
 A run is a function of its config: data order and boundary draws depend on (seed, step, position) alone, and a run that was
 killed continues from its last checkpoint to the same bits (CPU, same number of threads).
@@ -15,20 +17,24 @@ killed continues from its last checkpoint to the same bits (CPU, same number of 
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from dlcm.compiling import choose_compile, keep_compiled
 from dlcm.config import SCHEMA_VERSION, RunConfig
-from dlcm.distributed import current_ranks
+from dlcm.distributed import Ranks, current_ranks
 from dlcm.errors import UserError
 from dlcm.micro_batch import shares, with_micro_batch
+from dlcm.progress import Progress as Progress
+from dlcm.progress import StopTraining as StopTraining
 from dlcm.record import read_json, run_lock, write_json
 from dlcm.result import Result as Result
 from dlcm.result import load_result as load_result
-from dlcm.shards import Corpus
-from dlcm.trainer import Progress as Progress
-from dlcm.trainer import StopTraining as StopTraining
-from dlcm.trainer import Trainer
+from dlcm.shards import Corpus, open_corpus
+from dlcm.tracking import check_trackers
+from dlcm.trainer import Trainer, device_of
 
 
 def train(
@@ -40,6 +46,7 @@ def train(
     micro_batch_tokens: int | None = None,
     trunk: Path | None = None,
     keep: Collection[int] = (),
+    trackers: Sequence[str] = (),
 ) -> Result:
     """Train one run, or continue it, or return what it found.
 
@@ -53,12 +60,14 @@ def train(
         trunk: directory of a longer run that is the same up to where this one decays, and has kept its state there: the run
             goes on from it, unless it has begun already (`dlcm.trunk`).
         keep: steps, none beyond the last stable one, whose state is kept for shorter runs.
+        trackers: `tensorboard`, `wandb`: where metrics are mirrored to (`dlcm.tracking`).
 
     Returns:
         The result, with status `finished`, or `diverged` with the reason: divergence is a result, not an error.
 
     Raises:
-        UserError: the directory holds another run, the corpus is missing, the tokenizer does not fit the model.
+        UserError: the directory holds another run, the corpus is missing, the tokenizer does not fit the model, a tracker is
+            not installed.
         RunBusyError: another process is training this run.
     """
     run_dir = Path(run_dir)
@@ -75,27 +84,47 @@ def train(
 
         if ranks.on_main(claim):
             return load_result(run_dir)
-        trainer = Trainer(config, run_dir, executed=executed, guard=guard, ranks=ranks, trunk=trunk, keep=keep)
-        return trainer.run(on_step)
+        check_trackers(trackers)
+        compiled = _compiled(executed, run_dir, ranks)
+        how: dict[str, Any] = {"trunk": trunk, "keep": keep, "compiled": compiled, "trackers": trackers}
+        return Trainer(config, run_dir, executed=executed, guard=guard, ranks=ranks, **how).run(on_step)
 
 
-def step_seconds(config: RunConfig, corpus: Corpus) -> Iterator[float]:
+def _compiled(config: RunConfig, run_dir: Path, ranks: Ranks) -> bool:
+    """Whether this run compiles its stacks: all ranks measure together, and rank 0 decides."""
+    if config.train.compile is True:
+        keep_compiled()
+    device, name = device_of(ranks)
+
+    def measure(compiled: bool, n_steps: int) -> list[float]:
+        return list(islice(step_seconds(config, open_corpus(config.data), compiled=compiled, ranks=ranks), n_steps))
+
+    return choose_compile(config, run_dir, device.type, name, measure, ranks.tell)
+
+
+def step_seconds(
+    config: RunConfig, corpus: Corpus, *, compiled: bool | None = None, ranks: Ranks | None = None
+) -> Iterator[float]:
     """Take the training steps of a run one by one, for measurements: nothing is written, and there is no last one.
 
     Args:
         config: the run; longer than what is measured, because its learning rate is scheduled for its own steps alone.
         corpus: what batches are drawn from; its tokenizer must fit the model.
+        compiled: whether the stacks are compiled; only where the config says `compile: true` by default.
+        ranks: the processes of the run, each of which must take the same steps.
 
     Yields:
         Wall seconds of each step, the drawing of its batch and the optimizer included. A step ends by reading results of
         its last operations, so on a GPU too the time is that of the work, not of its launch.
     """
-    trainer = Trainer(config, Path(), corpus)
-    while True:
-        started = time.perf_counter()
-        trainer.train_step()
-        trainer.step += 1
-        yield time.perf_counter() - started
+    compiled = config.train.compile is True if compiled is None else compiled
+    trainer = Trainer(config, Path(), corpus, compiled=compiled, ranks=ranks)
+    with trainer.loader:
+        while True:
+            started = time.perf_counter()
+            trainer.train_step()
+            trainer.step += 1
+            yield time.perf_counter() - started
 
 
 def _claim(config: RunConfig, run_dir: Path) -> None:

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +21,25 @@ from dlcm.checkpoint import check_corpus, corpus_record, load_checkpoint, save_c
 from dlcm.config import SCHEMA_VERSION, RunConfig
 from dlcm.distributed import Ranks
 from dlcm.errors import UserError
+from dlcm.loader import Loader
+from dlcm.meter import Meter, load_meter
 from dlcm.micro_batch import micro_batches, most_micro_batches
 from dlcm.optim import build_optimizer, lr_factor
 from dlcm.prepare import parameter_counts, prepare_model
+from dlcm.progress import Progress, StopTraining, metrics_row
 from dlcm.provenance import describe_environment
-from dlcm.record import append_metrics, cut_metrics, write_json
+from dlcm.record import append_metrics, cut_metrics, read_metrics, write_json
 from dlcm.result import Result
 from dlcm.shards import Corpus, open_corpus
 from dlcm.tally import StepSums, Tally
+from dlcm.tracking import Tracking
 from dlcm.trunk import copy_metrics, load_branch, save_branch
 from dlcm.validation import calibrate_threshold, evaluate_loss, stable_loss
 
 # Weight of the past in the running loss that decides about divergence.
 _RUNNING_LOSS_DECAY = 0.9
-
-
-class StopTraining(Exception):
-    """Raised by `on_step` to end the training after the step: a checkpoint is saved first, a later start goes on from it."""
-
-    reason = "told to stop"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands; passed to `on_step` after every step."""
-
-    step: int
-    n_steps: int
-    tokens: int
-    loss_nats: float
-    tokens_per_s: float
+# A checkpoint is good while the running loss is at most so many times its lowest: the noise of ten batches, not a rise.
+_GOOD_FACTOR = 1.05
 
 
 class Trainer:
@@ -67,21 +56,25 @@ class Trainer:
         ranks: Ranks | None = None,
         trunk: Path | None = None,
         keep: Collection[int] = (),
+        compiled: bool = False,
+        trackers: Sequence[str] = (),
     ) -> None:
         self.config, self.run_dir, self.guard = config, run_dir, guard
+        self.compiled, self.trackers = compiled, trackers
         self.trunk, self.keep = trunk, frozenset(keep)
         self.ranks = ranks or Ranks()
         self.executed = executed or config  # the same run, perhaps with other micro-batches
         self.corpus = corpus or open_corpus(config.data)
-        self.device = torch.device(f"cuda:{self.ranks.local_rank}" if torch.cuda.is_available() else "cpu")
-        self.device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        self.device, self.device_name = device_of(self.ranks)
         bf16 = config.train.is_bf16(self.device.type)
         self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
         self.model = prepare_model(config, self.corpus).to(self.device)
-        if config.train.compile:
+        if compiled:
             self.model.compile_stacks()
         self.optimizer = build_optimizer(self.model, config.optim)
         self.tally, self.step = Tally(), 0
+        self.loader = Loader(self.corpus, config)
+        self.meter: Meter | None = None
         self.metrics_path = run_dir / "metrics.jsonl"
 
     def run(self, on_step: Callable[[Progress], None] | None) -> Result:
@@ -93,21 +86,35 @@ class Trainer:
             "corpus": corpus_record(self.corpus),
             "micro_batch_tokens": self.executed.train.micro_batch_tokens,
             "n_ranks": self.ranks.world_size,
+            "compiled": self.compiled,
         }
         self._write_json("env.json", {"schema": SCHEMA_VERSION, **environment, **facts})
-        clock = time.perf_counter()
-        reason = None
+        self.meter = load_meter(self.config, {**environment, **facts})
+        with self.loader, self._tracking() as tracking:
+            result = self._steps(on_step, tracking)
+            tracking.finish(asdict(result))
+        return result
+
+    def _tracking(self) -> Tracking:
+        names = self.trackers if self.ranks.is_main else ()
+        return Tracking(names, self.config, self.run_dir, read_metrics(self.metrics_path) if names else ())
+
+    def _steps(self, on_step: Callable[[Progress], None] | None, tracking: Tracking) -> Result:
+        """The steps that are left, and the result."""
+        clock = begun = time.perf_counter()
+        first, reason = self.step, None
         while self.step < self.config.n_steps and reason is None:
             if self.step == self.config.decay_begins and self.config.train.measure_stable:
                 self.tally.stable_loss = stable_loss(self.model, self.corpus, self.config, self.autocast)
             started = time.perf_counter()
             loss, grad_norm = self.train_step()
             self.step += 1
-            tokens_per_s = self.config.train.batch_tokens / (time.perf_counter() - started)
+            now = time.perf_counter()
+            speed = self._progress(loss, now - started, (now - begun) / (self.step - first))
             reason = self._divergence(loss, grad_norm)
             last = self.step == self.config.n_steps
-            if last or reason or self.step % self.config.train.log_every == 0:
-                self._log(grad_norm, tokens_per_s)
+            if reason or self._is_logged(self.step):
+                tracking.log(self._log(grad_norm, speed))
             if last and not reason:
                 self.tally.uncalibrated = calibrate_threshold(self.model, self.corpus, self.config, self.autocast)
             if self.step in self.keep and not reason and self.ranks.is_main:
@@ -117,7 +124,7 @@ class Trainer:
             saved = not reason and (last or self.step % self.config.train.checkpoint_every == 0)
             if saved:
                 clock = self._save(clock)
-            fault = self._told(on_step, Progress(self.step, self.config.n_steps, self._tokens, loss, tokens_per_s))
+            fault = self._told(on_step, speed)
             if fault is not None:
                 if isinstance(fault, StopTraining) and not reason and not saved:
                     self._save(clock)
@@ -125,6 +132,22 @@ class Trainer:
         result = self._result(reason, self.tally.wall_s + time.perf_counter() - clock)
         self._write_json("result.json", asdict(result))
         return result
+
+    def _is_logged(self, step: int) -> bool:
+        return step == self.config.n_steps or step % self.config.train.log_every == 0
+
+    def _progress(self, loss: float, seconds: float, mean_seconds: float) -> Progress:
+        """Where the run stands after a step that took `seconds`; the steps of this start took `mean_seconds`."""
+        tokens_per_s = self.config.train.batch_tokens / seconds
+        return Progress(
+            step=self.step,
+            n_steps=self.config.n_steps,
+            tokens=self._tokens,
+            loss_nats=loss,
+            tokens_per_s=tokens_per_s,
+            mfu=None if self.meter is None else self.meter(tokens_per_s, self.tally.tokens_per_concept),
+            seconds_left=mean_seconds * (self.config.n_steps - self.step),
+        )
 
     def _told(self, on_step: Callable[[Progress], None] | None, progress: Progress) -> Exception | None:
         """Tell rank 0's caller how far it is; what the caller raises ends all ranks at this step."""
@@ -169,10 +192,14 @@ class Trainer:
     def _save(self, clock: float) -> float:
         """Save a checkpoint; `clock` is when the time since the one before began, and what comes back is when the next begins."""
         now = time.perf_counter()
-        self.tally.wall_s += now - clock
+        tally = self.tally
+        tally.wall_s += now - clock
+        if tally.running_loss is not None and tally.lowest_loss is not None:
+            is_good = tally.running_loss <= _GOOD_FACTOR * tally.lowest_loss
+            tally.good_step = self.step if is_good else tally.good_step
         if self.ranks.is_main:
             self.guard()
-            save_checkpoint(self.run_dir, self.step, self.config, self._state())
+            save_checkpoint(self.run_dir, self.step, self.config, self._state(), tally.good_step)
         return now
 
     def _state(self) -> dict[str, Any]:
@@ -188,9 +215,7 @@ class Trainer:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor(config, self.step)
-        batch = self.corpus.train.batch(
-            self.step, seed=config.seed, batch_tokens=config.train.batch_tokens, seq_len=config.data.seq_len
-        )
+        batch = self.loader.batch(self.step)
         rank, n_ranks = self.ranks.rank, self.ranks.world_size
         parts = [self._to_device(part) for part in micro_batches(batch, self.executed, rank, n_ranks)]
         ahead = self._statistics_ahead(parts)
@@ -232,7 +257,13 @@ class Trainer:
         tokens_T, targets_T, cu_seqlens, draws_T = part
         n_tokens = self.config.train.batch_tokens
         with self.autocast:
-            out = self.model(tokens_T, cu_seqlens=cu_seqlens, draws=draws_T, targets=targets_T)
+            out = self.model(
+                tokens_T,
+                cu_seqlens=cu_seqlens,
+                draws=draws_T,
+                targets=targets_T,
+                with_scales=self._is_logged(self.step + 1),
+            )
         loss_sum = out.loss_sum
         assert loss_sum is not None
         # The mean over the ranks is the gradient of the global batch, whatever share of it a rank has.
@@ -250,12 +281,17 @@ class Trainer:
         sums.concepts += out.n_concepts
         sums.prob += float(out.boundary_prob.detach().double().sum())
         sums.tokens += tokens_T.numel()
+        sums.add_scales(out.scales or {}, tokens_T.numel())
         if out.detection is not None and out.detection.score_T is not None:
             sums.scores.append(out.detection.score_T.detach())
 
     def _account(self, sums: StepSums) -> None:
         """Move the ratio controller and add the step to the running sums."""
         tally = self.tally
+        if sums.squares:
+            totals = self.ranks.sum(sums.squares.values(), self.device)
+            n_tokens = self.config.train.batch_tokens
+            tally.scales = {part: math.sqrt(total / n_tokens) for part, total in zip(sums.squares, totals)}
         prob_sum = torch.tensor(sums.prob, dtype=torch.float64, device=self.device)
         statistics = global_statistics(sums.concepts, prob_sum, sums.tokens)
         n_tokens, n_concepts = int(statistics.n_tokens), int(statistics.n_boundaries)
@@ -278,6 +314,7 @@ class Trainer:
         before = self.tally.running_loss
         running = loss if before is None else _RUNNING_LOSS_DECAY * before + (1 - _RUNNING_LOSS_DECAY) * loss
         self.tally.running_loss = running
+        self.tally.lowest_loss = min(running, self.tally.lowest_loss or running)
         limit = self.config.train.divergence_factor * math.log(self.config.model.vocab_size)
         if running > limit:
             return (
@@ -285,25 +322,21 @@ class Trainer:
             )
         return None
 
-    def _log(self, grad_norm: float, tokens_per_s: float) -> None:
-        tally = self.tally
-        row: dict[str, Any] = {
-            "step": self.step,
-            "tokens": self._tokens,
-            "loss_nats": tally.loss_sum / tally.n_tokens,
-            "lr": self.config.optim.lr_token * lr_factor(self.config, self.step - 1),
-            "boundary_rate": tally.boundary_sum / tally.n_tokens,
-            "boundary_prob": tally.prob_sum / tally.n_tokens,
-            "boundary_offset": None if self.config.model.is_dense else self.model.boundary.controlled_offset,
-            "tokens_per_concept": tally.n_tokens / max(tally.boundary_sum, 1),
-            "tokens_per_s": round(tokens_per_s, 1),
-            "grad_norm": grad_norm,
-        }
-        finite = {k: None if v is None or not math.isfinite(v) else v for k, v in row.items()}
+    def _log(self, grad_norm: float, speed: Progress) -> Mapping[str, Any]:
+        """Write a line of metrics.jsonl, and return it."""
+        is_dense = self.config.model.is_dense
+        row = metrics_row(
+            speed,
+            self.tally,
+            lr=self.config.optim.lr_token * lr_factor(self.config, self.step - 1),
+            boundary_offset=None if is_dense else self.model.boundary.controlled_offset,
+            grad_norm=grad_norm,
+        )
         if self.ranks.is_main:
             self.guard()
-            append_metrics(self.metrics_path, finite)
-        tally.reset_interval()
+            append_metrics(self.metrics_path, row)
+        self.tally.reset_interval()
+        return row
 
     def _result(self, reason: str | None, wall_s: float) -> Result:
         tally = self.tally
@@ -329,4 +362,13 @@ class Trainer:
             trunk=tally.trunk,
             trunk_tokens=tally.trunk_tokens,
             trunk_wall_s=round(tally.trunk_wall_s, 3),
+            last_good_step=tally.good_step if reason else None,
         )
+
+
+def device_of(ranks: Ranks) -> tuple[torch.device, str]:
+    """The device of this process, and its name: that of the GPU, or `cpu`."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), "cpu"
+    device = torch.device(f"cuda:{ranks.local_rank}")
+    return device, torch.cuda.get_device_name(device)

@@ -10,7 +10,7 @@ encoder passes of split batches more.
 """
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,29 @@ def run_speed(run_dir: Path) -> Speed | None:
         peak_source=source,
         bf16=bf16,
     )
+
+
+def meter(config: RunConfig, environment: Mapping[str, Any]) -> Callable[[float, float], float] | None:
+    """MFU of a run while it trains (`dlcm.meter`).
+
+    Args:
+        config: the run.
+        environment: its `env.json`.
+
+    Returns:
+        A function of tokens per second, over all devices, and tokens per concept; None where no peak is known.
+    """
+    device = str(environment["device"])
+    peak, _ = _peak(device, environment, config.train.is_bf16("cpu" if device == "cpu" else "cuda"))
+    if peak is None:
+        return None
+    total = peak * int(environment.get("n_ranks", 1))
+
+    def mfu(tokens_per_s: float, tokens_per_concept: float) -> float:
+        ratio = None if config.model.is_dense else tokens_per_concept
+        return count(config.model, config.data.seq_len, ratio).training_per_token * tokens_per_s / total
+
+    return mfu
 
 
 def _peak(device: str, environment: Mapping[str, Any], bf16: bool) -> tuple[float | None, str | None]:

@@ -54,6 +54,7 @@ class Heartbeat:
             "step": before.get("step", 0),
             "n_steps": run.n_steps,
             "tokens_per_s": None,
+            "mfu": None,
             "loss_nats": None,
             "note": before.get("note"),
             "started_at": now,

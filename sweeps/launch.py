@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlcm.errors import UserError
 from dlcm.record import RunBusyError, run_lock
+from dlcm.tracking import check_trackers
 from sweeps.clusters import resolve_target
 from sweeps.jobs import Job, check_submit, jobs_folder, read_jobs
 from sweeps.lease import lease
@@ -111,6 +112,7 @@ def resubmit(
     sweep_dir = sweep_dir.resolve()
     with _submit_lock(sweep_dir):
         sweep = load_sweep(sweep_dir)
+        check_trackers(sweep.spec.track)
         at_once = (
             "array_parallelism" if resolve_target(cluster, sweep.spec.cluster).scheduler == "slurm" else "concurrency"
         )

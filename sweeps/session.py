@@ -257,7 +257,8 @@ def _foreground(out: Any) -> Iterator[dict[str, Callable[..., None]]]:
 
 
 def _told(progress: "StepProgress") -> str:
-    return f"loss {progress.loss_nats:.4f} nats, {progress.tokens_per_s:,.0f} tokens/s"
+    mfu = "" if progress.mfu is None else f", MFU {progress.mfu:.1%}"
+    return f"loss {progress.loss_nats:.4f} nats, {progress.tokens_per_s:,.0f} tokens/s{mfu}"
 
 
 def show_status(sweep_dir: Path, *, keep_watching: bool, as_json: bool) -> None:

@@ -16,6 +16,7 @@
     minimum: {steps: 100, tokens_per_parameter: 1}                             # shorter runs are refused
     baseline: {match: parameters}                                              # the dense model at each size
     evaluate: [corpus, ../data/openbook_qa.jsonl]
+    track: [tensorboard]                                                       # or wandb
     cluster: {partition: gpu, time: "4:00:00", gpus: 1}
 
 `grid`, `zip` and `list` combine by product: each may be left out, and a key may stand in one of them only.
@@ -31,6 +32,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model
 
 from dlcm.config import Frozen
 from dlcm.errors import UserError, parse
+from dlcm.tracking import TrackerName
 from sweeps.axes import COUNTS, DESIGN, check_paths, flatten, parse_count
 from sweeps.cluster_config import ClusterConfig as ClusterConfig
 from sweeps.rules import BatchRule, Minimum, WarmupRule
@@ -141,6 +143,9 @@ class Sweep(Frozen):
     minimum: Minimum = Field(default=Minimum(), description="steps and tokens per parameter that a run must have")
     baseline: Baseline | None = Field(default=None, description="dense models to compare with")
     evaluate: tuple[str, ...] = Field(default=(), description="tasks for every finished run: a name, or a .jsonl file")
+    track: tuple[TrackerName, ...] = Field(
+        default=(), description="`tensorboard`, `wandb`: where the metrics of all runs are shown too"
+    )
     cluster: ClusterConfig = ClusterConfig()
 
     _source: Path | None = PrivateAttr(None)

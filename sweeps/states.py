@@ -33,6 +33,7 @@ class RunState:
     step: int = 0
     n_steps: int = 0
     tokens_per_s: float | None = None
+    mfu: float | None = None
     loss_nats: float | None = None
     seconds_left: float | None = None
     host: str | None = None
@@ -150,6 +151,7 @@ def run_state(run: StoredRun, tasks: Sequence[str] = (), evidence: Evidence | No
         step=result["step"] if result else beat.get("step", 0),
         n_steps=run.n_steps,
         tokens_per_s=beat.get("tokens_per_s"),
+        mfu=beat.get("mfu"),
         loss_nats=result["loss_nats"] if result else beat.get("loss_nats"),
         seconds_left=left,
         host=beat.get("host"),

@@ -214,7 +214,7 @@ def render(snapshot: Snapshot, max_rows: int | None = _MAX_ROWS) -> "RenderableT
         first = {s.run_id for s in sorted(states, key=lambda s: rank.index(s.status))[:max_rows]}
         hidden, states = len(states) - max_rows, [s for s in states if s.run_id in first]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("run", "status", "step", "progress", "tokens/s", "loss (nats)", "left"):
+    for name in ("run", "status", "step", "progress", "tokens/s", "MFU", "loss (nats)", "left"):
         table.add_column(
             name, justify="left" if name in ("run", "status", "progress") else "right", no_wrap=name == "run"
         )
@@ -235,14 +235,16 @@ def render(snapshot: Snapshot, max_rows: int | None = _MAX_ROWS) -> "RenderableT
 def format_table(snapshot: Snapshot) -> str:
     """The table of a sweep as plain text, one line a run."""
     width = max((len(state.run_id) for state in snapshot.states), default=3)
-    lines = [f"{'run':{width}}  {'status':<10} {'step':>13} {'tokens/s':>9} {'loss (nats)':>11} {'left':>8}"]
+    lines = [f"{'run':{width}}  {'status':<10} {'step':>13} {'tokens/s':>9} {'MFU':>6} {'loss (nats)':>11} {'left':>8}"]
     for state in snapshot.states:
-        speed, loss, left = _numbers(state)
+        speed, mfu, loss, left = _numbers(state)
         step = f"{state.step}/{state.n_steps}"
         note = f"  {state.reason}" if state.reason else ""
         note += f"  [{state.note}]" if state.note else ""
         note += "" if state.in_plan else "  (no longer in the sweep file)"
-        lines.append(f"{state.run_id:{width}}  {state.status:<10} {step:>13} {speed:>9} {loss:>11} {left:>8}{note}")
+        lines.append(
+            f"{state.run_id:{width}}  {state.status:<10} {step:>13} {speed:>9} {mfu:>6} {loss:>11} {left:>8}{note}"
+        )
     return "\n".join([*lines, snapshot.overview.line()])
 
 
@@ -251,11 +253,12 @@ def _status_cell(state: RunState) -> str:
     return f"{state.status}{phase}{f': {state.reason}' if state.reason else ''}"
 
 
-def _numbers(state: RunState) -> tuple[str, str, str]:
+def _numbers(state: RunState) -> tuple[str, str, str, str]:
     running = state.status == "running"
     speed = f"{state.tokens_per_s:,.0f}" if running and state.tokens_per_s else ""
+    mfu = f"{state.mfu:.1%}" if running and state.mfu is not None else ""
     loss = f"{state.loss_nats:.4f}" if state.loss_nats is not None else ""
-    return speed, loss, format_duration(state.seconds_left) if running and state.seconds_left is not None else ""
+    return speed, mfu, loss, format_duration(state.seconds_left) if running and state.seconds_left is not None else ""
 
 
 def format_duration(seconds: float) -> str:

@@ -190,6 +190,7 @@ class _Task:
                 "micro_batch_tokens": micro,
                 "trunk": None if self.trunk is None else self.trunk.path,
                 "keep": steps_to_keep(self.run, self.family),
+                "trackers": self.sweep.spec.track,
             }
             if self.announce is not None:
                 self.announce({"run_id": self.run.run_id, **how})
@@ -213,7 +214,8 @@ class _Task:
 
     def _follow(self, progress: "Progress") -> None:
         loss = progress.loss_nats if math.isfinite(progress.loss_nats) else None
-        self.beat.update(phase="train", step=progress.step, tokens_per_s=progress.tokens_per_s, loss_nats=loss)
+        speed = {"tokens_per_s": progress.tokens_per_s, "mfu": progress.mfu}
+        self.beat.update(phase="train", step=progress.step, loss_nats=loss, **speed)
         if self.on_step is not None:
             self.on_step(progress)
         self._may_go_on()

@@ -63,7 +63,10 @@ def kill_at(step):
 
 def record_of(run_dir):
     """Everything a run leaves that may not depend on when or where it ran."""
-    rows = [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in read_metrics(run_dir / "metrics.jsonl")]
+    rows = [
+        {k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")}
+        for row in read_metrics(run_dir / "metrics.jsonl")
+    ]
     result = json.loads((run_dir / "result.json").read_text())
     for key in ("wall_s", "trunk", "trunk_tokens", "trunk_wall_s"):  # who trained the first steps, and how long it took
         result.pop(key)

@@ -51,7 +51,8 @@ def contents(folder, run_ids=None):
             continue
         result = {key: value for key, value in read_json(run.path / "result.json").items() if key != "wall_s"}
         rows = [
-            {k: v for k, v in row.items() if k != "tokens_per_s"} for row in read_metrics(run.path / "metrics.jsonl")
+            {k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")}
+            for row in read_metrics(run.path / "metrics.jsonl")
         ]
         newest = max((run.path / "checkpoints").glob("*.pt"))
         weights = torch.load(newest, weights_only=True)["model"]

@@ -65,7 +65,16 @@ class FakeTrain:
         self.behave, self.calls = behave, []
 
     def __call__(
-        self, config, run_dir, *, on_step=None, guard=lambda: None, micro_batch_tokens=None, trunk=None, keep=()
+        self,
+        config,
+        run_dir,
+        *,
+        on_step=None,
+        guard=lambda: None,
+        micro_batch_tokens=None,
+        trunk=None,
+        keep=(),
+        trackers=(),
     ):
         with run_lock(run_dir):
             self.calls.append(config.run_id)
@@ -73,7 +82,9 @@ class FakeTrain:
             for step in range(1, config.n_steps + 1):
                 append_metrics(run_dir / "metrics.jsonl", {"step": step, "loss_nats": 5.0 - 0.1 * step})
                 if on_step is not None:
-                    on_step(SimpleNamespace(step=step, n_steps=config.n_steps, loss_nats=4.0, tokens_per_s=1000.0))
+                    on_step(
+                        SimpleNamespace(step=step, n_steps=config.n_steps, loss_nats=4.0, tokens_per_s=1000.0, mfu=None)
+                    )
             status = (self.behave(config) if self.behave else None) or "finished"
             write_json(run_dir / "result.json", result_json(config, status))
             return SimpleNamespace(status=status)
