@@ -19,6 +19,8 @@ A run that is there is not trained again: `--runs FOLDER` keeps them, and a seco
 import argparse
 import statistics
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +49,23 @@ LABELS = {
     "sample": "controller, sampled",
     "threshold": "controller, thresholded",
 }
-_COLOURS = {"loss": "#D55E00", "sample": "#0072B2", "threshold": "#009E73"}
-_MARKS = {"loss": "s", "sample": "o", "threshold": "^"}
-_LINES = {"loss": "-", "sample": "-", "threshold": (0, (4, 1.5))}
+
+
+@dataclass(frozen=True)
+class Style:
+    """How the runs of one kind are drawn."""
+
+    label: str
+    colour: str
+    mark: str
+    line: Any = "-"
+
+
+STYLES = {
+    "loss": Style(LABELS["loss"], "#D55E00", "s"),
+    "sample": Style(LABELS["sample"], "#0072B2", "o"),
+    "threshold": Style(LABELS["threshold"], "#009E73", "^", (0, (4, 1.5))),
+}
 ENDS = {
     "tokens_per_concept_train": "training, last tenth",
     "tokens_per_concept_uncalibrated": "evaluation, uncalibrated",
@@ -119,10 +135,13 @@ def _held(realised: float | None, target: float) -> bool:
     return realised is not None and abs(realised / target - 1.0) <= TOLERANCE
 
 
-def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Above, R over the steps of training, a panel for each target; below, how far off R ends up, in training and after it."""
+def draw(runs: list[dict[str, Any]], path: Path, styles: Mapping[str, Style] = STYLES) -> None:
+    """Above, R over the steps of training, a panel for each target; below, how far off R ends up, in training and after it.
+
+    `styles` are those of the runs' `mode`; a run has its rates by step, or every `log_every` steps.
+    """
     ratios = sorted({run["ratio"] for run in runs})
-    modes = [mode for mode in MODES if any(run["mode"] == mode for run in runs)]
+    styles = {mode: style for mode, style in styles.items() if any(run["mode"] == mode for run in runs)}
     figure = Figure(figsize=(2.7 * len(ratios) + 1.4, 4.6), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, len(ratios), height_ratios=[1.5, 1.0])
@@ -130,9 +149,9 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     for i, ratio in enumerate(ratios):
         here = [run for run in runs if run["ratio"] == ratio]
         above = figure.add_subplot(grid[0, i])
-        _draw_course(above, here, ratio, modes)
+        _draw_course(above, here, ratio, styles)
         ends.append(figure.add_subplot(grid[1, i], sharex=ends[0] if ends else None))
-        _draw_ends(ends[-1], here, ratio, modes)
+        _draw_ends(ends[-1], here, ratio, styles)
         above.set_title(f"R = {ratio:g}", fontsize=9)
         if i == 0:
             above.set_ylabel("tokens per concept in training", fontsize=8)
@@ -140,10 +159,8 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
             ends[-1].set_yticklabels([])
     band = Patch(color="#D0D0D0", label="target ± 2%")
     lines = [
-        Line2D(
-            [], [], color=_COLOURS[mode], ls=_LINES[mode], marker=_MARKS[mode], ms=5, mec="white", label=LABELS[mode]
-        )
-        for mode in modes
+        Line2D([], [], color=of.colour, ls=of.line, marker=of.mark, ms=5, mec="white", label=of.label)
+        for of in styles.values()
     ]
     figure.legend(
         handles=[band, *lines], loc="outside lower center", ncols=4, handlelength=3.5, fontsize=8, frameon=False
@@ -152,31 +169,31 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
-def _draw_course(ax: Axes, runs: list[dict[str, Any]], ratio: float, modes: list[str]) -> None:
+def _draw_course(ax: Axes, runs: list[dict[str, Any]], ratio: float, styles: Mapping[str, Style]) -> None:
     ax.axhspan(ratio * (1 - TOLERANCE), ratio * (1 + TOLERANCE), color="#D0D0D0", lw=0)
     ax.axhline(ratio, color="black", lw=0.8)
     first = min(run["seed"] for run in runs)
-    for run in sorted(runs, key=lambda run: modes.index(run["mode"])):
-        mode = run["mode"]
+    for run in sorted(runs, key=lambda run: list(styles).index(run["mode"])):
+        of = styles[run["mode"]]
         steps, realised = _smoothed(run["boundary_rate"])
-        style = {"color": _COLOURS[mode], "ls": _LINES[mode], "lw": 1.4, "alpha": 1.0 if run["seed"] == first else 0.45}
-        ax.plot(steps, realised, **style)
+        steps = [run.get("log_every", 1) * step for step in steps]
+        ax.plot(steps, realised, color=of.colour, ls=of.line, lw=1.4, alpha=1.0 if run["seed"] == first else 0.45)
     ax.set_ylim(*_limits(runs, ratio))
     _tidy(ax, "step")
 
 
-def _draw_ends(ax: Axes, runs: list[dict[str, Any]], ratio: float, modes: list[str]) -> None:
+def _draw_ends(ax: Axes, runs: list[dict[str, Any]], ratio: float, styles: Mapping[str, Style]) -> None:
     """Deviation from the target, one row a figure; the ways of control side by side in it, a mark for each seed."""
     ax.axvspan(-100 * TOLERANCE, 100 * TOLERANCE, color="#D0D0D0", lw=0)
     ax.axvline(0.0, color="black", lw=0.8)
     for run in runs:
-        place = modes.index(run["mode"])
+        of, place = styles[run["mode"]], list(styles).index(run["mode"])
         for row, name in enumerate(ENDS):
             if run[name] is None:
                 continue
             deviation = 100 * (run[name] / ratio - 1)
-            height = row + 0.22 * (place - (len(modes) - 1) / 2)
-            ax.plot(deviation, height, _MARKS[run["mode"]], color=_COLOURS[run["mode"]], ms=5, mec="white", mew=0.4)
+            height = row + 0.22 * (place - (len(styles) - 1) / 2)
+            ax.plot(deviation, height, of.mark, color=of.colour, ms=5, mec="white", mew=0.4)
     ax.set_yticks(range(len(ENDS)), ENDS.values())
     ax.set_ylim(len(ENDS) - 0.5, -0.5)
     _tidy(ax, "off the target (%)")
