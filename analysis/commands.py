@@ -154,16 +154,21 @@ def export_verb(
 
 @app.command("lr")
 def lr_verb(
-    results: Results,
+    results: Annotated[
+        list[Path], typer.Argument(metavar="RESULTS...", help="results of one sweep or of several, taken together")
+    ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="folder; `lr` beside the results")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Whether learning rates transfer over widths: a verdict, a figure, and lr.yaml, which sweeps name as `tuned`."""
+    import pandas as pd
+
     from analysis.data import find_results, read_table
     from analysis.lr import analyse_transfer, format_transfer, save_transfer, transfer_json
 
-    transfer = analyse_transfer(read_table(find_results(results)))
-    paths = save_transfer(transfer, out or find_results(results).parent / "lr")
+    files = [find_results(path) for path in results]
+    transfer = analyse_transfer(pd.concat([read_table(file) for file in files], ignore_index=True))
+    paths = save_transfer(transfer, out or files[0].parent / "lr")
     if as_json:
         _print({**transfer_json(transfer), "files": [str(path) for path in paths]})
     else:

@@ -1,6 +1,7 @@
 """Do learning rates transfer over widths? The best rate of each size, how far it moves, and a file that sweeps refer to."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from dlcm.errors import UserError
 
 Array = np.ndarray
 MAX_SHIFT_STEPS = 1.0
+# Within two steps of x1.5 the loss is a parabola in the log of the rate; farther off its sides are unequally steep.
+WINDOW_STEPS = 2.0
+N_DRAWS = 1000
 _NEEDED = (
     "params_total", "params_embedding", "lr_token", "lr_concept", "loss_nats", "status", "d_token", "d_token_base",
     "d_concept", "d_concept_base", "model", "seed", "tokens",
@@ -33,38 +37,97 @@ _STYLES = (
 class Curve:
     """Loss over the base learning rate at one size, both rates equal.
 
+    The best rate is the vertex of a parabola in the log of the rate, fitted to all runs within `WINDOW_STEPS` of the rate of
+    lowest mean loss: that rate itself moves by whole steps of the grid with the noise of a seed.
+
     Attributes:
         parametrization: `mup`: one base width for all sizes; `standard`: each size is its own.
         n: non-embedding parameters.
         d_token: token width.
-        rates: base learning rates, ascending.
-        losses: validation losses in nats, means over seeds; infinite where a run diverged.
+        step: ratio of neighbouring rates of the grid.
+        runs: base learning rate and validation loss in nats of each run; infinite where it diverged.
     """
 
     parametrization: str
     n: int
     d_token: int
-    rates: tuple[float, ...]
-    losses: tuple[float, ...]
+    step: float
+    runs: tuple[tuple[float, float], ...]
+
+    @functools.cached_property
+    def means(self) -> dict[float, float]:
+        """Mean loss over seeds by rate, ascending; infinite where a run diverged."""
+        by_rate: dict[float, list[float]] = {}
+        for rate, loss in sorted(self.runs):
+            by_rate.setdefault(rate, []).append(loss)
+        return {rate: float(np.mean(losses)) for rate, losses in by_rate.items()}
 
     @property
-    def best(self) -> float:
-        """The grid's rate of least loss."""
-        return self.rates[int(np.argmin(self.losses))]
+    def lowest(self) -> float:
+        """The grid's rate of least mean loss."""
+        return min(self.means, key=lambda rate: self.means[rate])
+
+    @functools.cached_property
+    def _window(self) -> tuple[Array, Array]:
+        """Steps from the lowest rate, and losses, of the runs that the parabola is fitted to."""
+        steps = np.array([np.log(rate / self.lowest) / np.log(self.step) for rate, _ in self.runs])
+        losses = np.array([loss for _, loss in self.runs])
+        near = (np.abs(steps) <= WINDOW_STEPS + 1e-9) & np.isfinite(losses)
+        return steps[near], losses[near]
+
+    @functools.cached_property
+    def parabola(self) -> Array | None:
+        """Coefficients in steps from the lowest rate, highest power first; None where the runs do not bend upwards."""
+        steps, losses = self._window
+        if len(np.unique(steps)) < 3:
+            return None
+        found = np.polyfit(steps, losses, 2)
+        return found if found[0] > 0 else None
 
     @property
     def is_inside(self) -> bool:
-        """Whether rates on both sides of the best were tried."""
-        return self.best not in (self.rates[0], self.rates[-1])
+        """Whether the best rate lies between rates that were tried."""
+        return self.parabola is not None and min(self.means) < self.best < max(self.means)
 
     @property
-    def refined(self) -> float:
-        """Vertex of the parabola in log rate through the best and its neighbours; the best itself at the grid's edge."""
-        i = int(np.argmin(self.losses))
-        if not self.is_inside or not np.isfinite(self.losses[i - 1 : i + 2]).all():
-            return self.best
-        a, b, _ = np.polyfit(np.log(self.rates[i - 1 : i + 2]), self.losses[i - 1 : i + 2], 2)
-        return float(np.exp(-b / (2 * a))) if a > 0 else self.best
+    def best(self) -> float:
+        """Vertex of the parabola, at most half a step outside of what was tried; the lowest rate where there is none."""
+        if self.parabola is None:
+            return self.lowest
+        return float(self._rate(_vertex(self.parabola)))
+
+    def _rate(self, steps: Any) -> Any:
+        tried = np.log(np.array([min(self.means), max(self.means)]) / self.lowest) / np.log(self.step)
+        return self.lowest * self.step ** np.clip(steps, tried[0] - 0.5, tried[1] + 0.5)
+
+    @property
+    def residual(self) -> tuple[float, int]:
+        """Sum of squared residuals of the parabola, and the degrees of freedom that they have."""
+        steps, losses = self._window
+        if self.parabola is None:
+            return 0.0, 0
+        return float(np.sum((losses - np.polyval(self.parabola, steps)) ** 2)), len(steps) - 3
+
+    def draws(self, rng: np.random.Generator, sigmas: Array) -> Array:
+        """Best rates of parabolas that the runs allow, one for each standard deviation of a run's loss in `sigmas`."""
+        if self.parabola is None:
+            return np.full(len(sigmas), self.lowest)
+        design = np.vander(self._window[0], 3)
+        root = np.linalg.cholesky(np.linalg.inv(design.T @ design))
+        a, b, _ = (self.parabola + sigmas[:, None] * (rng.normal(size=(len(sigmas), 3)) @ root.T)).T
+        vertices = np.where(a > 0, -b / (2 * np.where(a > 0, a, 1.0)), np.where(b > 0, -np.inf, np.inf))
+        return self._rate(vertices)
+
+    def excess(self, rate: float) -> float:
+        """Loss of a rate above that of the best one, by the parabola in its window, by the means outside of it; nats."""
+        steps = np.log(rate / self.lowest) / np.log(self.step)
+        if self.parabola is not None and abs(steps) <= WINDOW_STEPS + 1e-9:
+            return float(np.polyval(self.parabola, steps) - np.polyval(self.parabola, _vertex(self.parabola)))
+        return self.means[rate] - self.means[self.lowest]
+
+
+def _vertex(parabola: Array) -> float:
+    return -parabola[1] / (2 * parabola[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,16 +155,52 @@ class Transfer:
         best = [np.log(curve.best) for curve in self.of(parametrization)]
         return float((max(best) - min(best)) / np.log(self.step)) if len(best) > 1 else None
 
+    @functools.cached_property
+    def _drawn(self) -> dict[str, Array | None]:
+        return {kind: self._draw(kind) for kind in {curve.parametrization for curve in self.curves}}
+
+    def _draw(self, parametrization: str) -> Array | None:
+        """Best rates that the runs allow, (sizes, draws); None where they leave no residual.
+
+        The noise of a run is taken to be the same at all sizes, so that its variance has the degrees of freedom of all of them;
+        coefficients follow a t distribution with so many.
+        """
+        curves, rng = self.of(parametrization), np.random.default_rng(0)
+        squares, freedom = (sum(found) for found in zip(*(curve.residual for curve in curves)))
+        if freedom < 1:
+            return None
+        sigmas = np.sqrt(squares / rng.chisquare(freedom, N_DRAWS))
+        return np.array([curve.draws(rng, sigmas) for curve in curves])
+
+    def interval(self, curve: Curve) -> tuple[float, float] | None:
+        """95% interval of the best rate of a size; None where the runs leave no residual, or do not bend upwards."""
+        drawn = self._drawn[curve.parametrization]
+        if drawn is None or curve.parabola is None:
+            return None
+        low, high = np.percentile(drawn[self.of(curve.parametrization).index(curve)], [2.5, 97.5])
+        return float(low), float(high)
+
+    def shift_interval(self, parametrization: str) -> tuple[float, float] | None:
+        """95% interval of `shift`; None where the runs leave no residual, or those of a size do not bend upwards."""
+        curves, drawn = self.of(parametrization), self._drawn.get(parametrization)
+        if len(curves) < 2 or drawn is None or any(curve.parabola is None for curve in curves):
+            return None
+        low, high = np.percentile(np.ptp(np.log(drawn), axis=0) / np.log(self.step), [2.5, 97.5])
+        return float(low), float(high)
+
     def drift(self, parametrization: str) -> float | None:
-        """Slope of the log of the refined rate over the log of the width; -1 where the best rate falls as 1 / width."""
+        """Slope of the log of the best rate over the log of the width; -1 where it falls as 1 / width."""
         curves = self.of(parametrization)
         if len(curves) < 2:
             return None
-        return float(np.polyfit([np.log(c.d_token) for c in curves], [np.log(c.refined) for c in curves], 1)[0])
+        return float(np.polyfit([np.log(c.d_token) for c in curves], [np.log(c.best) for c in curves], 1)[0])
 
     @property
     def transfers(self) -> bool | None:
-        """Whether, under muP, the best rate moves by one step at most, with rates on both sides tried; None for one size."""
+        """Whether, under muP, the best rate moves by one step at most, with rates on both sides tried; None for one size.
+
+        By the point estimate; `shift_interval` says how sure that is.
+        """
         shift = self.shift("mup")
         if shift is None:
             return None
@@ -111,9 +210,8 @@ class Transfer:
     def rate(self) -> float:
         """The rate to use: the grid's rate of least summed excess loss over the sizes of muP."""
         curves = self.of("mup")
-        common = sorted(set.intersection(*(set(curve.rates) for curve in curves)))
-        excess = [sum(c.losses[c.rates.index(rate)] - min(c.losses) for c in curves) for rate in common]
-        return common[int(np.argmin(excess))]
+        common = sorted(set.intersection(*(set(curve.means) for curve in curves)))
+        return min(common, key=lambda rate: sum(curve.excess(rate) for curve in curves))
 
 
 def analyse_transfer(frame: pd.DataFrame) -> Transfer:
@@ -137,22 +235,22 @@ def analyse_transfer(frame: pd.DataFrame) -> Transfer:
     if runs["n"].nunique() == 1:
         runs["parametrization"] = "mup"
     equal = np.isclose(runs["lr_token"], runs["lr_concept"])
+    grid = np.sort(runs.loc[equal, "lr_token"].unique())
+    step = float(np.exp(np.median(np.diff(np.log(grid))))) if len(grid) > 1 else 1.0
     curves = []
     for (kind, n, width), group in runs[equal].groupby(["parametrization", "n", "d_token"]):
-        by_rate = group.groupby("lr_token")["loss"].mean().sort_index()
-        if len(by_rate) >= 3:
-            curves.append(Curve(str(kind), int(n), int(width), tuple(by_rate.index), tuple(by_rate)))
+        if group["lr_token"].nunique() >= 3:
+            points = tuple(zip(group["lr_token"].astype(float), group["loss"].astype(float)))
+            curves.append(Curve(str(kind), int(n), int(width), step, points))
     if not any(curve.parametrization == "mup" for curve in curves):
         raise UserError(
             "results: no size under muP has three learning rates with runs that ended; run more of the sweep"
         )
-    first = curves[0].rates
-    steps = np.diff(np.log(first))
-    return Transfer(tuple(curves), float(np.exp(np.median(steps))), _off_diagonal(runs[~equal], curves), _facts(runs))
+    return Transfer(tuple(curves), step, _off_diagonal(runs[~equal], curves), _facts(runs))
 
 
 def _off_diagonal(unequal: Any, curves: Sequence[Curve]) -> dict[int, float]:
-    best = {curve.n: min(curve.losses) for curve in curves if curve.parametrization == "mup"}
+    best = {curve.n: min(curve.means.values()) for curve in curves if curve.parametrization == "mup"}
     under_mup = unequal[unequal["parametrization"] == "mup"]
     lowest = under_mup.groupby("n")["loss"].min()
     return {int(n): float(loss - best[n]) for n, loss in lowest.items() if n in best}
@@ -190,18 +288,22 @@ def tuned_yaml(transfer: Transfer) -> str:
 
 def format_transfer(transfer: Transfer) -> str:
     """Best rates by size, how far they move, and the verdict."""
+    rates = sorted({rate for curve in transfer.curves for rate in curve.means})
     lines = [
-        f"{'':10} {'N':>9} {'width':>6} {'best':>10} {'refined':>10}   loss over the rates {_list(transfer.curves[0].rates)}"
+        f"{'':9} {'N':>10} {'width':>5} {'runs':>4} {'best':>8} {'95%':>18}   mean loss over the rates {_list(rates)}"
     ]
     for kind in ("mup", "standard"):
         for c in transfer.of(kind):
+            found = transfer.interval(c)
+            told = "not known" if found is None else f"{found[0]:.3g} to {found[1]:.3g}"
             edge = "" if c.is_inside else "  (at the edge of the grid)"
-            lines.append(f"{kind:10} {c.n:9,} {c.d_token:6} {c.best:10.3g} {c.refined:10.3g}   {_list(c.losses)}{edge}")
-        shift, drift = transfer.shift(kind), transfer.drift(kind)
+            means = _list([c.means.get(rate, np.nan) for rate in rates])
+            lines.append(f"{kind:9} {c.n:10,} {c.d_token:5} {len(c.runs):4} {c.best:8.3g} {told:>18}   {means}{edge}")
+        shift, drift, sure = transfer.shift(kind), transfer.drift(kind), transfer.shift_interval(kind)
         if shift is not None:
-            lines.append(
-                f"{kind}: the best rate moves by {shift:.2g} steps of x{transfer.step:.3g}; as width^{drift:.2f}"
-            )
+            interval = "" if sure is None else f" (95% {sure[0]:.2g} to {sure[1]:.2g})"
+            moved = f"moves by {shift:.2g} steps of x{transfer.step:.3g}{interval}"
+            lines.append(f"{kind}: the best rate {moved}; as width^{drift:.2f}")
     for n, less in transfer.off_diagonal.items():
         lines.append(f"unequal rates at N = {n:,}: best loss {less:+.4f} nats beside equal ones")
     told = {
@@ -209,7 +311,10 @@ def format_transfer(transfer: Transfer) -> str:
         False: "the rate does NOT transfer",
         None: "one size: nothing is said about transfer",
     }
-    lines.append(f"verdict: {told[transfer.transfers]}; base rate {transfer.rate:.3g}, for both sides")
+    sure = transfer.shift_interval("mup")
+    open_ = transfer.transfers is not None and sure is not None and sure[0] <= MAX_SHIFT_STEPS < sure[1]
+    doubt = f", though the interval reaches both sides of {MAX_SHIFT_STEPS:g} step: more seeds would settle it" * open_
+    lines.append(f"verdict: {told[transfer.transfers]}{doubt}; base rate {transfer.rate:.3g}, for both sides")
     return "\n".join(lines)
 
 
@@ -224,34 +329,48 @@ def transfer_json(transfer: Transfer) -> dict[str, Any]:
         "transfers": transfer.transfers,
         "step": transfer.step,
         "shift_steps": {kind: transfer.shift(kind) for kind in ("mup", "standard")},
+        "shift_steps_interval": {kind: transfer.shift_interval(kind) for kind in ("mup", "standard")},
         "width_exponent": {kind: transfer.drift(kind) for kind in ("mup", "standard")},
-        "curves": [{**dataclasses.asdict(c), "best": c.best, "refined": c.refined} for c in transfer.curves],
+        "curves": [
+            {
+                **dataclasses.asdict(c),
+                "means": c.means,
+                "best": c.best,
+                "interval": transfer.interval(c),
+                "inside": c.is_inside,
+            }
+            for c in transfer.curves
+        ],
         "off_diagonal_nats": {str(n): value for n, value in transfer.off_diagonal.items()},
         "facts": dict(transfer.facts),
     }
 
 
 def plot_transfer(ax: Axes, transfer: Transfer, parametrization: str) -> Axes:
-    """Loss over the base learning rate, a curve a size; its lowest point marked. Diverged runs are left out."""
+    """Loss over the base learning rate by size: runs as points, the parabola, and its vertex with its 95% interval.
+
+    Diverged runs are left out.
+    """
     for c, (colour, marker, line) in zip(transfer.of(parametrization), _STYLES):
-        rates, losses = np.array(c.rates), np.array(c.losses)
+        rates, losses = np.array(c.runs).T
         shown = np.isfinite(losses)
-        ax.plot(
-            rates[shown],
-            losses[shown],
-            color=colour,
-            marker=marker,
-            linestyle=line,
-            ms=3,
-            lw=1,
-            label=f"{c.n / 1e6:.2g}M",
-        )
-        ax.plot(c.best, min(c.losses), marker="*", ms=9, color=colour, markeredgecolor=BLACK, markeredgewidth=0.5)
+        ax.plot(rates[shown], losses[shown], color=colour, marker=marker, ls="", ms=2.5, alpha=0.6)
+        label = f"{c.n / 1e6:.2g}M"
+        if c.parabola is None:
+            ax.plot(list(c.means), list(c.means.values()), color=colour, ls=line, lw=1, label=label)
+            continue
+        steps = np.linspace(c._window[0].min(), c._window[0].max(), 101)
+        ax.plot(c.lowest * c.step**steps, np.polyval(c.parabola, steps), color=colour, ls=line, lw=1, label=label)
+        height = float(np.polyval(c.parabola, np.log(c.best / c.lowest) / np.log(c.step)))
+        if (found := transfer.interval(c)) is not None:
+            ax.plot(found, [height, height], color=colour, lw=2.2, alpha=0.5, solid_capstyle="butt")
+        ax.plot(c.best, height, marker="*", ms=8, color=colour, markeredgecolor=BLACK, markeredgewidth=0.5)
     ax.set_xscale("log")
     ax.set_xlabel("base learning rate", fontsize=FONT)
     ax.set_ylabel("validation loss (nats)", fontsize=FONT)
-    shift = transfer.shift(parametrization)
-    told = "" if shift is None else f": best moves {shift:.2g} steps"
+    shift, sure = transfer.shift(parametrization), transfer.shift_interval(parametrization)
+    interval = "" if sure is None else f" ({sure[0]:.1f} to {sure[1]:.1f})"
+    told = "" if shift is None else f": moves {shift:.1f}{interval} steps"
     ax.set_title(f"{'muP' if parametrization == 'mup' else parametrization}{told}", fontsize=FONT)
     ax.tick_params(labelsize=SMALL)
     ax.legend(fontsize=SMALL, frameon=False, title="N", title_fontsize=SMALL)
