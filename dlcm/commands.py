@@ -53,6 +53,11 @@ def train_verb(config: ConfigFile, run_dir: RunDir, as_json: AsJson = False) -> 
             f"validation: {result.loss_nats:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte, "
             f"{result.tokens_per_concept:.2f} tokens per concept"
         )
+    for name, found in (result.sources or {}).items():
+        print(
+            f"  {name} ({found['weight']:.3g}): {found['loss_nats']:.4f} nats per token, {found['bits_per_byte']:.4f} bits per "
+            f"byte, {found['tokens_per_concept']:.2f} tokens per concept, {found['epochs']:.2f} epochs"
+        )
     for name, found in (result.domains or {}).items():
         if found["tokens"] and found["loss_nats"] is not None:
             ratio = found["tokens_per_concept"]

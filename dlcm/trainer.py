@@ -22,6 +22,7 @@ from dlcm.config import SCHEMA_VERSION, RunConfig
 from dlcm.distributed import Ranks
 from dlcm.errors import UserError
 from dlcm.micro_batch import micro_batches, most_micro_batches
+from dlcm.mixture import Mixture
 from dlcm.optim import build_optimizer, lr_factor
 from dlcm.prepare import parameter_counts, prepare_model
 from dlcm.provenance import describe_environment
@@ -60,7 +61,7 @@ class Trainer:
         self,
         config: RunConfig,
         run_dir: Path,
-        corpus: Corpus | None = None,
+        corpus: Corpus | Mixture | None = None,
         *,
         executed: RunConfig | None = None,
         guard: Callable[[], None] = lambda: None,
@@ -324,6 +325,8 @@ class Trainer:
             device=self.device_name,
             reason=reason,
             domains=measured.domains if measured else None,
+            epochs_by_source=self.corpus.train.epochs_by_source(self._tokens),
+            sources=measured.sources if measured else None,
             micro_batch_tokens=self.executed.train.micro_batch_tokens,
             loss_nats_stable=tally.stable_loss,
             trunk=tally.trunk,
