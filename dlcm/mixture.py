@@ -191,9 +191,9 @@ def open_mixture(config: DataConfig, progress: Progress | None = None) -> Mixtur
         folder = cached(_tokenizer_key(config), lambda folder: _train_tokenizer(config, folder, progress), progress)
         tokenizer, texts = str(folder / "tokenizer.json"), read_json(folder / "texts.json")
     parts = []
-    for name, alone in _alone(config, tokenizer).items():
+    for name, one in alone(config, tokenizer).items():
         with _named(name):
-            corpus = open_plain(alone, progress)
+            corpus = open_plain(one, progress)
             for split in (corpus.train, corpus.validation):
                 split.n_windows(config.seq_len)
         parts.append(Part(name, sources[name].weight, corpus))
@@ -219,12 +219,12 @@ def mixture_tokens(config: DataConfig) -> dict[str, int] | None:
         if not path.exists():
             return None
         tokenizer = str(path)
-    found = {name: cached_tokens(alone) for name, alone in _alone(config, tokenizer).items()}
+    found = {name: cached_tokens(one) for name, one in alone(config, tokenizer).items()}
     known = {name: n for name, n in found.items() if n is not None}
     return known if len(known) == len(found) else None
 
 
-def _alone(config: DataConfig, tokenizer: str) -> dict[str, DataConfig]:
+def alone(config: DataConfig, tokenizer: str) -> dict[str, DataConfig]:
     """Each source as a corpus of its own."""
     return {
         name: config.model_copy(
@@ -248,9 +248,9 @@ def _named(name: str) -> Iterator[None]:
 def _tokenizer_key(config: DataConfig) -> str:
     """Name of the cache folder of the tokenizer that is trained on a mixture."""
     sources = []
-    for name, alone in _alone(config, config.tokenizer).items():
+    for name, one in alone(config, config.tokenizer).items():
         with _named(name):
-            sources.append([name, open_source(alone).fingerprint(), (config.mixture or {})[name].weight])
+            sources.append([name, open_source(one).fingerprint(), (config.mixture or {})[name].weight])
     parts = [FORMAT_VERSION, "mixture", sources, config.tokenizer.replace("_", ""), config.validation_share]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
@@ -258,10 +258,10 @@ def _tokenizer_key(config: DataConfig) -> str:
 def _train_tokenizer(config: DataConfig, folder: Path, progress: Progress | None) -> None:
     """Train on text of all sources in proportion to their weights, and write down which text they hold."""
     samples, texts = {}, {}
-    for name, alone in _alone(config, config.tokenizer).items():
+    for name, one in alone(config, config.tokenizer).items():
         with _named(name):
             wanted = (config.mixture or {})[name].weight * BPE_SAMPLE_BYTES
-            source = open_source(alone)
+            source = open_source(one)
             samples[name], texts[name] = sample_training(
                 source, config.validation_share, wanted, progress or (lambda *_: None)
             )
