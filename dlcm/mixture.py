@@ -15,6 +15,7 @@ W windows, S tokens of a window.
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -124,15 +125,19 @@ class MixedSplit:
     def _drawn(self, first: int, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """The source of each of `n` windows of the stream from `first` on, and its number among those of that source."""
         blocks = range(first // BLOCK_WINDOWS, -(-(first + n) // BLOCK_WINDOWS))
-        sources = [block_sources(self.counts, seed, block) for block in blocks]
-        numbers = []
-        for block, source in zip(blocks, sources):
-            number = np.empty(BLOCK_WINDOWS, np.int64)
-            for i, count in enumerate(self.counts):
-                number[source == i] = block * count + np.arange(count)
-            numbers.append(number)
+        found = [_numbered_block(tuple(self.counts), seed, block) for block in blocks]
         wanted = slice(first - blocks.start * BLOCK_WINDOWS, first - blocks.start * BLOCK_WINDOWS + n)
-        return np.concatenate(sources)[wanted], np.concatenate(numbers)[wanted]
+        return np.concatenate([source for source, _ in found])[wanted], np.concatenate([n for _, n in found])[wanted]
+
+
+@functools.lru_cache(maxsize=4)  # small batches ask for the same block many times
+def _numbered_block(counts: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """The source of each window of a block, and its number among all windows of that source."""
+    source = block_sources(counts, seed, block)
+    number = np.empty(len(source), np.int64)
+    for i, count in enumerate(counts):
+        number[source == i] = block * count + np.arange(count)
+    return source, number
 
 
 @dataclass(frozen=True)

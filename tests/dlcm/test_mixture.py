@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from dlcm import mixture as mixtures
 from dlcm.checkpoint import checkpoint_paths
@@ -153,6 +155,13 @@ def test_a_mixture_that_makes_no_sense_is_refused_in_one_line(data, words):
         parse(DataConfig, data, "run.yaml", "data")
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_example_of_the_page_on_training_is_a_mixture():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    block = re.search(r"```yaml\n(data:\n  mixture:.*?)```", page, re.DOTALL)
+    data = parse(DataConfig, yaml.safe_load(block[1])["data"], "docs", "data")
+    assert {name: source.weight for name, source in data.mixture.items()} == {"code": 0.7, "wiki": 0.3}
 
 
 # The order of the data
