@@ -322,7 +322,7 @@ def sample_training(source: Source, share: float, n_bytes: float, progress: Prog
     threshold, size = _threshold(source, share), source.n_bytes
     rate = int(min(1.0, n_bytes / size) * 2**64) if size else 2**64
     most = 2 * n_bytes if size else n_bytes
-    texts, read, taken, content = [], 0, 0, b""
+    texts, read, told, taken, content = [], 0, 0, 0, b""
     for text in source.documents():
         read += len(text)
         split_hash, sample_hash, digest = _hashes(text)
@@ -330,5 +330,7 @@ def sample_training(source: Source, share: float, n_bytes: float, progress: Prog
         if split_hash >= threshold and sample_hash < rate and taken < most:
             taken += len(text.encode())
             texts.append(text)
-        progress("sampling text for the tokenizer", read, size)
+        if read - told >= _GROUP_CHARS:
+            progress("sampling text for the tokenizer", read, size)
+            told = read
     return texts, content.hex()

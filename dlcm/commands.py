@@ -55,8 +55,9 @@ def train_verb(config: ConfigFile, run_dir: RunDir, as_json: AsJson = False) -> 
         )
     for name, found in (result.sources or {}).items():
         print(
-            f"  {name} ({found['weight']:.3g}): {found['loss_nats']:.4f} nats per token, {found['bits_per_byte']:.4f} bits per "
-            f"byte, {found['tokens_per_concept']:.2f} tokens per concept, {found['epochs']:.2f} epochs"
+            f"  source {name}, weight {found['weight']:.3g}: {found['loss_nats']:.4f} nats per token, "
+            f"{found['bits_per_byte']:.4f} bits per byte, {found['tokens_per_concept']:.2f} tokens per concept, "
+            f"{found['epochs']:.3g} epochs"
         )
     for name, found in (result.domains or {}).items():
         if found["tokens"] and found["loss_nats"] is not None:

@@ -486,7 +486,7 @@ def test_training_says_what_it_found_of_each_source(folder, tmp_path, dlcm):
     assert much["sources"]["wiki"]["weight"] == 0.6
     assert much["epochs_by_source"] == {name: source["epochs"] for name, source in much["sources"].items()}
     assert much["epochs"] == max(much["epochs_by_source"].values())
-    assert f"wiki (0.05): {little['sources']['wiki']['loss_nats']:.4f} nats per token" in out
+    assert f"source wiki, weight 0.05: {little['sources']['wiki']['loss_nats']:.4f} nats per token" in out
     assert read_json(tmp_path / "run-0.6" / "run.json")["config"]["data"]["mixture"]["code"]["weight"] == 0.4
 
 
