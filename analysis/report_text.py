@@ -6,10 +6,12 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from analysis.compare import RATIO_TOLERANCE
+from analysis.data import numeric_column
 from analysis.design import count_runs
 from analysis.identify import describe_axis
 from analysis.result_text import format_parameters
 from analysis.tables import format_table
+from sweeps.epochs import describe_repeats
 
 if TYPE_CHECKING:
     from analysis.report import Analysis
@@ -37,6 +39,8 @@ def _runs(analysis: "Analysis") -> list[str]:
     if data.exclusions:
         reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(e.reason for e in data.exclusions).items())
         lines += _items([f"left out, so what follows is provisional: {reasons}"])
+    if "epochs" in data.frame and (repeats := describe_repeats(numeric_column(data.frame, "epochs", data.source))):
+        lines += _items([repeats])
     lines += _items([f"{symbol}: {meaning}" for symbol, meaning in data.convention.definitions().items()])
     return lines
 

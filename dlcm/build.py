@@ -302,3 +302,35 @@ def _bpe_sample(source: Source, threshold: int, progress: Progress) -> Iterator[
             2 * BPE_SAMPLE_BYTES if n_bytes else BPE_SAMPLE_BYTES
         ):  # compressed files hold more than their size
             return
+
+
+def sample_training(source: Source, share: float, n_bytes: float, progress: Progress) -> tuple[list[str], str]:
+    """Training documents of a source that is one of several, and what its text is.
+
+    Args:
+        source: read from beginning to end.
+        share: of its documents kept for validation; none of those is sampled.
+        n_bytes: how much text is wanted; up to twice as much comes of compressed files, and less of a short source.
+        progress: told how far it is.
+
+    Returns:
+        Documents chosen by content hash, in order; and the chained SHA-256 of all documents, hexadecimal.
+
+    Raises:
+        UserError: the source cannot be read or split.
+    """
+    threshold, size = _threshold(source, share), source.n_bytes
+    rate = int(min(1.0, n_bytes / size) * 2**64) if size else 2**64
+    most = 2 * n_bytes if size else n_bytes
+    texts, read, told, taken, content = [], 0, 0, 0, b""
+    for text in source.documents():
+        read += len(text)
+        split_hash, sample_hash, digest = _hashes(text)
+        content = hashlib.sha256(content + digest).digest()
+        if split_hash >= threshold and sample_hash < rate and taken < most:
+            taken += len(text.encode())
+            texts.append(text)
+        if read - told >= _GROUP_CHARS:
+            progress("sampling text for the tokenizer", read, size)
+            told = read
+    return texts, content.hex()

@@ -11,6 +11,7 @@ from dlcm.errors import UserError, parse
 from dlcm.record import read_json, write_atomic
 
 if TYPE_CHECKING:
+    from dlcm.mixture import Mixture
     from dlcm.model import Model
     from dlcm.shards import Corpus
 
@@ -83,12 +84,14 @@ def load_config(run_dir: Path) -> RunConfig:
     return parse(RunConfig, record.get("config"), f"{path}: config")
 
 
-def corpus_record(corpus: "Corpus") -> dict[str, str]:
-    """What `env.json` says of the text: fingerprints of content and tokenizer."""
-    return {"fingerprint": corpus.fingerprint, "tokenizer": corpus.tokenizer.fingerprint}
+def corpus_record(corpus: "Corpus | Mixture") -> dict[str, Any]:
+    """What `env.json` says of the text: fingerprints of content and tokenizer, and of the text of each source of a mixture."""
+    texts = getattr(corpus, "texts", None)
+    record = {"fingerprint": corpus.fingerprint, "tokenizer": corpus.tokenizer.fingerprint}
+    return record if texts is None else {**record, "sources": dict(texts)}
 
 
-def check_corpus(run_dir: Path, corpus: "Corpus") -> None:
+def check_corpus(run_dir: Path, corpus: "Corpus | Mixture") -> None:
     """Refuse to go on with, or to evaluate, a run on other text or another tokenizer than it was trained on.
 
     Raises:
@@ -96,13 +99,22 @@ def check_corpus(run_dir: Path, corpus: "Corpus") -> None:
     """
     path = run_dir / "env.json"
     recorded = read_json(path).get("corpus") if path.exists() else None
-    differing = [key for key, value in corpus_record(corpus).items() if recorded and recorded.get(key) != value]
-    if differing:
-        what = "tokenizer" if "tokenizer" in differing else "text"
-        raise UserError(
-            f"{path}: the {what} of data.corpus is not the one this run was trained with (it changed since, or this is "
-            "another Python version); restore it, or train anew in another directory"
-        )
+    found = corpus_record(corpus)
+    differing = [key for key, value in found.items() if recorded and recorded.get(key) != value]
+    if not recorded or not differing:
+        return
+    sources, before = found.get("sources", {}), recorded.get("sources") or {}
+    changed = [name for name, text in sources.items() if before.get(name) != text]
+    place = "data.corpus"
+    # With a given tokenizer, another one changes every fingerprint; a trained one changes with the text of any source.
+    if "tokenizer" in differing and len(changed) in (0, len(sources)):
+        what = "tokenizer"
+    else:
+        what, place = "text", ", ".join(f"data.mixture.{name}" for name in changed) or place
+    raise UserError(
+        f"{path}: the {what} of {place} is not the one this run was trained with (it changed since, or this is "
+        "another Python version); restore it, or train anew in another directory"
+    )
 
 
 def load_trained(run_dir: Path) -> tuple["Model", RunConfig]:

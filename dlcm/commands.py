@@ -59,6 +59,12 @@ def train_verb(
             f"validation: {result.loss_nats:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte, "
             f"{result.tokens_per_concept:.2f} tokens per concept"
         )
+    for name, found in (result.sources or {}).items():
+        print(
+            f"  source {name}, weight {found['weight']:.3g}: {found['loss_nats']:.4f} nats per token, "
+            f"{found['bits_per_byte']:.4f} bits per byte, {found['tokens_per_concept']:.2f} tokens per concept, "
+            f"{found['epochs']:.3g} epochs"
+        )
     for name, found in (result.domains or {}).items():
         if found["tokens"] and found["loss_nats"] is not None:
             ratio = found["tokens_per_concept"]

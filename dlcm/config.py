@@ -12,6 +12,9 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
+from dlcm.frozen import Frozen as Frozen
+from dlcm.source_config import SourceConfig, check_alone, normalised
+
 SCHEMA_VERSION = 1
 # The last share of the steps, over which the realised R in training is averaged.
 FINAL_SHARE = 0.1
@@ -25,12 +28,6 @@ NOT_IN_TRUNK = {
 Detector = Literal["learned", "cosine", "fixed", "random", "delimiter_word", "delimiter_sentence"]
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Frozen(pydantic.BaseModel):
-    """A frozen config that refuses unknown keys."""
-
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class BoundaryConfig(Frozen):
@@ -180,6 +177,10 @@ class DataConfig(Frozen):
         default="bpe-4096", description="`bytes`, `bpe-VOCAB` (trained on the corpus), a tokenizer.json, or `hub:NAME`"
     )
     text_key: str = Field(default="text", description="key or column of the text in JSONL, parquet and hub data sets")
+    mixture: dict[str, SourceConfig] | None = Field(
+        default=None,
+        description="several sources in place of `corpus`, by name, each with `corpus`, `weight`, `text_key`",
+    )
     seq_len: PositiveInt = Field(
         default=256, description="tokens of one packed window; attention never crosses a document"
     )
@@ -187,6 +188,19 @@ class DataConfig(Frozen):
         default=0.05, gt=0.0, lt=1.0, description="share of documents kept for validation, by content hash"
     )
     validation_tokens: PositiveInt = Field(default=65_536, description="tokens of the fixed validation set, at most")
+
+    @pydantic.field_validator("mixture")
+    @classmethod
+    def _normalise(cls, sources: dict[str, SourceConfig] | None) -> dict[str, SourceConfig] | None:
+        return None if sources is None else normalised(sources)
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        if self.mixture is not None:
+            fields = type(self).model_fields
+            plain = ("corpus", "text_key")
+            check_alone({name: getattr(self, name) for name in plain}, {name: fields[name].default for name in plain})
+        return self
 
 
 class OptimConfig(Frozen):
@@ -247,8 +261,7 @@ class TrainConfig(Frozen):
     )
     compile: bool | Literal["auto"] = Field(
         default="auto",
-        description="compile the stacks with torch.compile; auto: on a GPU where a measurement says that it pays for this run, "
-        "never on a CPU",
+        description="torch.compile of the stacks; auto: on a GPU where a measurement says that it pays, never on a CPU",
     )
 
     def is_bf16(self, device: str) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from dlcm.checkpoint import check_corpus, checkpoint_paths, load_config, load_trained
 from dlcm.errors import UserError
+from dlcm.mixture import Mixture
 from dlcm.record import read_json, write_json
 from dlcm.shards import Corpus, open_corpus
 from dlcm.tasks import CORPUS_TASK, SCORING_VERSION, EvalTask, check_tasks, corpus_task, jsonl_task
@@ -122,11 +123,11 @@ def format_results(results: Sequence[TaskResult]) -> str:
     return "\n".join("  ".join(part.ljust(width) for part, width in zip(row, widths)).rstrip() for row in rows)
 
 
-def _load_task(task: str, corpus: Corpus, limit: int | None) -> EvalTask:
+def _load_task(task: str, corpus: Corpus | Mixture, limit: int | None) -> EvalTask:
     return corpus_task(corpus, limit) if task == CORPUS_TASK else jsonl_task(Path(task), limit)
 
 
-def _load_lm(run_dir: Path, corpus: Corpus) -> "HarnessModel":
+def _load_lm(run_dir: Path, corpus: Corpus | Mixture) -> "HarnessModel":
     import torch
 
     from dlcm.harness import HarnessModel

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 from dlcm.config import RunConfig
+from dlcm.mixture import Mixture
 from dlcm.shards import Batch, Corpus
 
 
@@ -18,7 +19,7 @@ class Loader:
         config: of the run.
     """
 
-    def __init__(self, corpus: Corpus, config: RunConfig) -> None:
+    def __init__(self, corpus: Corpus | Mixture, config: RunConfig) -> None:
         self._corpus, self._config = corpus, config
         self._thread = ThreadPoolExecutor(1, "loader")
         self._ahead: tuple[int, Future[Batch]] | None = None

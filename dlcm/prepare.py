@@ -3,11 +3,12 @@
 from dlcm.boundary import delimiter_table
 from dlcm.config import RunConfig
 from dlcm.errors import UserError
+from dlcm.mixture import Mixture
 from dlcm.model import Model, build_model
 from dlcm.shards import Corpus
 
 
-def prepare_model(config: RunConfig, corpus: Corpus) -> Model:
+def prepare_model(config: RunConfig, corpus: Corpus | Mixture) -> Model:
     """Build the model of a run and give it what it needs of the tokenizer.
 
     Raises:

@@ -18,11 +18,13 @@ class Result:
         tokens_per_concept: realised R on the validation set, under the calibrated threshold that the loss is measured with.
         tokens_per_concept_train: realised R in training, over the last tenth of the steps.
         tokens_per_concept_uncalibrated: what R on the validation set would be under a threshold set on training text.
-        epochs: how often the training split was gone through.
+        epochs: how often the training split was gone through; of a mixture, the source that was gone through most often.
         params: counts by group.
         wall_s: seconds of training and evaluation of this run, over all interruptions, without those of a trunk.
         domains: the validation set by content, source code and prose apart, as in `dlcm.validation.Validation`; None also
             where an earlier version trained the run.
+        epochs_by_source: the same of each source of a mixture; None without one.
+        sources: what was measured of each source of a mixture, as in `dlcm.validation.Validation`; None without one.
         micro_batch_tokens: tokens of one forward pass where it was set; smaller than in the config after
             an out-of-memory failure.
         loss_nats_stable: validation loss where the decay of `wsd` begins, in nats per token (L_stable of eq 23); None where it
@@ -49,6 +51,8 @@ class Result:
     device: str
     reason: str | None = None
     domains: dict[str, dict[str, float | int | None]] | None = None
+    epochs_by_source: dict[str, float] | None = None
+    sources: dict[str, dict[str, float | int]] | None = None
     micro_batch_tokens: int | None = None
     loss_nats_stable: float | None = None
     trunk: str | None = None

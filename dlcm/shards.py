@@ -13,9 +13,10 @@ T tokens of a batch, W windows.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,6 +27,9 @@ from dlcm.errors import UserError
 from dlcm.order import permute
 from dlcm.record import read_json
 from dlcm.tokens import Tokenizer, parse_tokenizer
+
+if TYPE_CHECKING:
+    from dlcm.mixture import Mixture
 
 
 class Stream:
@@ -53,7 +57,7 @@ class Stream:
             return (
                 np.concatenate(pieces) if len(pieces) > 1 else np.asarray(pieces[0] if pieces else self._shards[0][:0])
             )
-        found = np.empty(len(where), self._shards[0].dtype)
+        found = np.empty(where.shape, self._shards[0].dtype)
         number, inside = np.divmod(where, self._size)
         for i in np.unique(number):
             found[number == i] = self._shards[i][inside[number == i]]
@@ -69,13 +73,39 @@ class Batch:
         targets_T: int64, the next token of each position.
         cu_seqlens: int32, starts of every window and of every document inside it, and T at the end: attention crosses
             none of them (a document cut by a window is treated as two).
-        windows: int64, (W,), index in the stream of each window's first token.
+        windows: int64, (W,), index in the stream of each window's first token; of a mixture, in the streams of its sources
+            one after the other, each as long as no stream is.
     """
 
     tokens_T: np.ndarray
     targets_T: np.ndarray
     cu_seqlens: np.ndarray
     windows: np.ndarray
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows cut from a stream, not yet packed.
+
+    Attributes:
+        tokens_WS: int64, (W, S + 1): each with the token behind it.
+        inside: for each window, where documents begin in it behind its first token; int64.
+        starts_W: int64, index of each window's first token.
+    """
+
+    tokens_WS: np.ndarray
+    inside: Sequence[np.ndarray]
+    starts_W: np.ndarray
+
+    def pack(self) -> Batch:
+        """The windows one after the other."""
+        n_windows, seq_len = self.tokens_WS.shape[0], self.tokens_WS.shape[1] - 1
+        pieces = []
+        for i, documents in enumerate(self.inside):
+            pieces += [[i * seq_len], documents + i * seq_len]
+        cu_seqlens = np.concatenate([*pieces, [n_windows * seq_len]]).astype(np.int32)
+        tokens_T, targets_T = self.tokens_WS[:, :-1].reshape(-1), self.tokens_WS[:, 1:].reshape(-1)
+        return Batch(tokens_T, targets_T, cu_seqlens, np.asarray(self.starts_W, np.int64))
 
 
 class Split:
@@ -100,6 +130,9 @@ class Split:
         """How often a training budget of `tokens` goes through the split."""
         return tokens / self.n_tokens
 
+    def epochs_by_source(self, tokens: int) -> None:
+        """None: there is one source."""
+
     def batch(self, step: int, *, seed: int, batch_tokens: int, seq_len: int) -> Batch:
         """The batch of one step: `batch_tokens // seq_len` windows, drawn without replacement in each epoch.
 
@@ -108,9 +141,17 @@ class Split:
         Raises:
             UserError: the split is shorter than one window.
         """
-        n_windows = self._n_windows(seq_len)
         per_step = batch_tokens // seq_len
         drawn = np.arange(step * per_step, (step + 1) * per_step)
+        return self.draw(drawn, seed=seed, seq_len=seq_len).pack()
+
+    def draw(self, drawn: np.ndarray, *, seed: int, seq_len: int) -> Windows:
+        """The windows of these numbers, from 0 on, of all that are ever drawn under a seed.
+
+        Raises:
+            UserError: the split is shorter than one window.
+        """
+        n_windows = self.n_windows(seq_len)
         epochs, places = np.divmod(drawn, n_windows)
         index = np.empty_like(drawn)
         for epoch in np.unique(epochs):
@@ -124,14 +165,19 @@ class Split:
         Raises:
             UserError: the split is shorter than one window.
         """
-        n_windows = self._n_windows(seq_len)
+        n_windows = self.n_windows(seq_len)
         n_chosen = min(n_windows, max(1, max_tokens // seq_len))
         chosen = np.arange(n_chosen) * n_windows // n_chosen
         per_batch = max(1, batch_tokens // seq_len)
         for start in range(0, n_chosen, per_batch):
-            yield self._cut(chosen[start : start + per_batch] * seq_len, seq_len)
+            yield self._cut(chosen[start : start + per_batch] * seq_len, seq_len).pack()
 
-    def _n_windows(self, seq_len: int) -> int:
+    def n_windows(self, seq_len: int) -> int:
+        """Windows of the split that do not overlap, the token behind each included.
+
+        Raises:
+            UserError: not one.
+        """
         n_windows = (self.n_tokens - 1) // seq_len
         if n_windows < 1:
             raise UserError(
@@ -141,15 +187,12 @@ class Split:
             )
         return n_windows
 
-    def _cut(self, starts_W: np.ndarray, seq_len: int) -> Batch:
-        taken = np.stack([self.tokens[start : start + seq_len + 1] for start in starts_W]).astype(np.int64)
+    def _cut(self, starts_W: np.ndarray, seq_len: int) -> Windows:
+        taken = [self.tokens[start : start + seq_len + 1] for start in starts_W]
         first = np.searchsorted(self.offsets, starts_W, side="right")
         last = np.searchsorted(self.offsets, starts_W + seq_len, side="left")
-        pieces = []
-        for i, (start, lo, hi) in enumerate(zip(starts_W, first, last)):
-            pieces += [[i * seq_len], self.offsets[lo:hi] - start + i * seq_len]
-        cu_seqlens = np.concatenate([*pieces, [len(starts_W) * seq_len]]).astype(np.int32)
-        return Batch(taken[:, :-1].reshape(-1), taken[:, 1:].reshape(-1), cu_seqlens, np.asarray(starts_W, np.int64))
+        inside = [self.offsets[lo:hi] - start for start, lo, hi in zip(starts_W, first, last)]
+        return Windows(np.stack(taken).astype(np.int64), inside, starts_W)
 
 
 @dataclass(frozen=True)
@@ -180,8 +223,8 @@ def cache_root() -> Path:
     return Path(os.environ.get("DLCM_CACHE") or Path.home() / ".cache" / "dlcm")
 
 
-def open_corpus(config: DataConfig, progress: Progress | None = None) -> Corpus:
-    """Open the tokenized corpus of a config; build it first where the cache does not hold it.
+def open_corpus(config: DataConfig, progress: Progress | None = None) -> "Corpus | Mixture":
+    """Open the tokenized corpus of a config, or its mixture; build it first where the cache does not hold it.
 
     Two processes may call this at once: one builds, the other waits.
 
@@ -192,20 +235,56 @@ def open_corpus(config: DataConfig, progress: Progress | None = None) -> Corpus:
     Raises:
         UserError: no such corpus or tokenizer, unreadable or too little text, or a damaged cache folder.
     """
+    if config.mixture is not None:
+        from dlcm.mixture import open_mixture  # which is made of corpora
+
+        return open_mixture(config, progress)
+    return open_plain(config, progress)
+
+
+def open_plain(config: DataConfig, progress: Progress | None = None) -> Corpus:
+    """Open the tokenized corpus of a config that has no mixture; as `open_corpus`."""
     source = open_source(config)
-    key = _cache_key(source, config)
+
+    def make(folder: Path) -> None:
+        build(source, config, folder, progress or (lambda *_: None))
+
+    return _open(cached(_cache_key(source, config), make, progress), config)
+
+
+def cached(key: str, make: Callable[[Path], None], progress: Progress | None) -> Path:
+    """A folder of the cache; made where it is not there, by one process while others wait.
+
+    Args:
+        key: name of the folder.
+        make: makes it, whole or not at all.
+        progress: told where another process is at it.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
     folder = cache_root() / key
     if not folder.is_dir():
         try:
             with lock(folder, progress):
                 if not folder.is_dir():
-                    build(source, config, folder, progress or (lambda *_: None))
+                    make(folder)
         except OSError as error:
             raise UserError(
                 f"{cache_root()}: cannot hold the tokenized corpus ({error.strerror or error}); "
                 "set DLCM_CACHE to a folder with room"
             ) from None
-    return _open(folder, config)
+    return folder
+
+
+def cached_tokens(config: DataConfig) -> int | None:
+    """Training tokens of a corpus without a mixture, if the cache holds it; nothing is built.
+
+    Raises:
+        UserError: no such corpus or tokenizer.
+    """
+    folder = cache_root() / _cache_key(open_source(config), config)
+    return int(read_json(folder / "meta.json")["splits"]["train"]["n_tokens"]) if folder.is_dir() else None
 
 
 def _cache_key(source: Source, config: DataConfig) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from dlcm.corpus import JSONL_SUFFIXES, read_rows
 from dlcm.errors import UserError, nearest
+from dlcm.mixture import Mixture, Part, apportion, parts_of
 from dlcm.shards import Corpus
 
 CORPUS_TASK = "corpus"
@@ -141,7 +142,9 @@ def jsonl_task(path: Path, limit: int | None = None) -> EvalTask:
     return EvalTask(task_name(str(path)), tuple(items), " ")
 
 
-def corpus_task(corpus: Corpus, limit: int | None = None, config: CorpusTaskConfig = CorpusTaskConfig()) -> EvalTask:
+def corpus_task(
+    corpus: Corpus | Mixture, limit: int | None = None, config: CorpusTaskConfig = CorpusTaskConfig()
+) -> EvalTask:
     """Which of four continuations is the true next passage of a validation document?
 
     Every validation document is cut where a word begins (a token that starts with white space), so that the
@@ -160,10 +163,22 @@ def corpus_task(corpus: Corpus, limit: int | None = None, config: CorpusTaskConf
     each passage is to the model, which hides what it learned: over six proxies between 5.8 and 4.3 nats the ratio's
     accuracy rises with every drop of the loss, the plain one's does not.
 
+    Of a mixture each source has items by its weight, all within the source: passages of another kind of text would be told
+    apart without being understood.
+
     Raises:
-        UserError: the validation split has too few long documents.
+        UserError: the validation split has too few long documents; of a mixture, that of a source.
     """
-    rng = np.random.default_rng(config.seed)
+    parts = parts_of(corpus)
+    most = min(config.n_items, limit or config.n_items)
+    wanted = apportion([part.weight for part in parts], max(most, len(parts)))
+    items = [item for part, n in zip(parts, wanted) for item in _corpus_items(part, n, config)]
+    return EvalTask(CORPUS_TASK, tuple(items[:most]), "", against_prior=True)
+
+
+def _corpus_items(part: Part, n_items: int, config: CorpusTaskConfig) -> list[Item]:
+    """At most `n_items` items of the validation documents of one source."""
+    corpus, rng = part.corpus, np.random.default_rng(config.seed)
     bytes_per_token = corpus.train.n_bytes / corpus.train.n_tokens
     n_context, length = (max(2, round(n / bytes_per_token)) for n in (config.context_bytes, config.continuation_bytes))
     cuts, documents = _cuts(corpus, n_context, length, rng.permutation(corpus.validation.n_documents), config.n_cuts)
@@ -172,14 +187,15 @@ def corpus_task(corpus: Corpus, limit: int | None = None, config: CorpusTaskConf
     _, rest, which = np.unique(passages, axis=0, return_index=True, return_inverse=True)
     which, home = which.reshape(-1), documents[rest]
     if not len(rest) or len(rest) - np.bincount(home).max() - 1 < N_CHOICES - 1:
+        whose = f"of data.mixture.{part.name} " if part.name else ""
         raise UserError(
-            f"task '{CORPUS_TASK}': too few validation documents have {n_context + length} tokens; "
+            f"task '{CORPUS_TASK}': too few validation documents {whose}have {n_context + length} tokens; "
             "raise data.validation_share or give more and longer documents"
         )
     score = _unigram_scores(corpus, passages)
     ranked = np.argsort(score[rest], kind="stable")
     items = []
-    for i in _in_turn(documents, rng)[: min(config.n_items, limit or config.n_items)].tolist():
+    for i in _in_turn(documents, rng)[:n_items].tolist():
         others = rest[ranked[(home[ranked] != documents[i]) & (ranked != which[i])]]
         place = np.searchsorted(score[others], score[i]) - rng.integers(N_CHOICES)
         first = int(np.clip(place, 0, len(others) - N_CHOICES + 1))
@@ -187,7 +203,7 @@ def corpus_task(corpus: Corpus, limit: int | None = None, config: CorpusTaskConf
         order = rng.permutation(N_CHOICES)
         chosen = cuts[np.concatenate([[i], wrong])[order]]
         items.append(_passages(corpus, int(cuts[i]), chosen, int(np.argmin(order)), (n_context, length)))
-    return EvalTask(CORPUS_TASK, tuple(items), "", against_prior=True)
+    return items
 
 
 def _item(row: dict[str, Any], where: str) -> Item:
@@ -231,7 +247,7 @@ def _cuts(
 def _unigram_scores(corpus: Corpus, passages: np.ndarray) -> np.ndarray:
     """Log-likelihood of each passage (a row) under add-one token frequencies of the training split, nats."""
     train, vocab_size = corpus.train, corpus.tokenizer.vocab_size
-    sample = train.tokens[:: max(1, train.n_tokens // _UNIGRAM_TOKENS)]
+    sample = train.tokens[np.arange(0, train.n_tokens, max(1, train.n_tokens // _UNIGRAM_TOKENS))]
     counts = np.bincount(sample, minlength=vocab_size) + 1.0
     return np.log(counts / counts.sum())[passages].sum(1)
 

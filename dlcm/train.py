@@ -27,6 +27,7 @@ from dlcm.config import SCHEMA_VERSION, RunConfig
 from dlcm.distributed import Ranks, current_ranks
 from dlcm.errors import UserError
 from dlcm.micro_batch import shares, with_micro_batch
+from dlcm.mixture import Mixture
 from dlcm.progress import Progress as Progress
 from dlcm.progress import StopTraining as StopTraining
 from dlcm.record import read_json, run_lock, write_json
@@ -103,7 +104,7 @@ def _compiled(config: RunConfig, run_dir: Path, ranks: Ranks) -> bool:
 
 
 def step_seconds(
-    config: RunConfig, corpus: Corpus, *, compiled: bool | None = None, ranks: Ranks | None = None
+    config: RunConfig, corpus: Corpus | Mixture, *, compiled: bool | None = None, ranks: Ranks | None = None
 ) -> Iterator[float]:
     """Take the training steps of a run one by one, for measurements: nothing is written, and there is no last one.
 

@@ -24,6 +24,7 @@ from dlcm.errors import UserError
 from dlcm.loader import Loader
 from dlcm.meter import Meter, load_meter
 from dlcm.micro_batch import micro_batches, most_micro_batches
+from dlcm.mixture import Mixture
 from dlcm.optim import build_optimizer, lr_factor
 from dlcm.prepare import parameter_counts, prepare_model
 from dlcm.progress import Progress, StopTraining, metrics_row
@@ -49,7 +50,7 @@ class Trainer:
         self,
         config: RunConfig,
         run_dir: Path,
-        corpus: Corpus | None = None,
+        corpus: Corpus | Mixture | None = None,
         *,
         executed: RunConfig | None = None,
         guard: Callable[[], None] = lambda: None,
@@ -357,6 +358,8 @@ class Trainer:
             device=self.device_name,
             reason=reason,
             domains=measured.domains if measured else None,
+            epochs_by_source=self.corpus.train.epochs_by_source(self._tokens),
+            sources=measured.sources if measured else None,
             micro_batch_tokens=self.executed.train.micro_batch_tokens,
             loss_nats_stable=tally.stable_loss,
             trunk=tally.trunk,

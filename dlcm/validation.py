@@ -1,7 +1,10 @@
-"""What a run is judged by: its loss on the fixed validation set, at the R that was asked for."""
+"""What a run is judged by: its loss on the fixed validation set, at the R that was asked for.
+
+The set of a mixture is a fixed one of each source, their sizes in proportion to the weights.
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from dlcm.config import RunConfig
 from dlcm.domains import DOMAINS, StreamLabels
+from dlcm.mixture import Mixture, Part, fixed_windows, parts_of
 from dlcm.model import Model, Output
 from dlcm.shards import Batch, Corpus, Split
 
@@ -18,11 +22,12 @@ _VALIDATION_BATCH_TOKENS = 8_192
 
 
 Domains = dict[str, dict[str, float | int | None]]
+Sources = dict[str, dict[str, float | int]]
 
 
 @torch.no_grad()
 def calibrate_threshold(
-    model: Model, corpus: Corpus, config: RunConfig, autocast: torch.autocast | None = None
+    model: Model, corpus: Corpus | Mixture, config: RunConfig, autocast: torch.autocast | None = None
 ) -> float | None:
     """Set the inference threshold so that R on the validation text is the requested one.
 
@@ -38,14 +43,15 @@ def calibrate_threshold(
     if config.model.boundary is None or not model.boundary.is_controlled:
         return None
     model.eval()
-    scores_T, _ = _detect(model, corpus.train, config, autocast)
+    parts = parts_of(corpus)
+    scores_T, _ = _detect(model, parts, [part.corpus.train for part in parts], config, autocast)
     model.boundary.calibrate(scores_T)
-    scores_T, n_concepts = _detect(model, corpus.validation, config, autocast)
+    scores_T, n_concepts = _detect(model, parts, [part.corpus.validation for part in parts], config, autocast)
     model.boundary.calibrate(scores_T)
     return scores_T.numel() / n_concepts
 
 
-def stable_loss(model: Model, corpus: Corpus, config: RunConfig, autocast: torch.autocast) -> float:
+def stable_loss(model: Model, corpus: Corpus | Mixture, config: RunConfig, autocast: torch.autocast) -> float:
     """Validation loss in the middle of training, in nats per token, at the R asked for; the model is left as it was."""
     buffers = {name: x.clone() for name, x in model.named_buffers()}
     calibrate_threshold(model, corpus, config, autocast)
@@ -55,15 +61,18 @@ def stable_loss(model: Model, corpus: Corpus, config: RunConfig, autocast: torch
     return found
 
 
-def _detect(model: Model, split: Split, config: RunConfig, autocast: torch.autocast | None) -> tuple[Tensor, int]:
-    """Boundary scores of the fixed windows of a split, and the number of boundaries under the present threshold."""
+def _detect(
+    model: Model, parts: Sequence[Part], splits: Sequence[Split], config: RunConfig, autocast: torch.autocast | None
+) -> tuple[Tensor, int]:
+    """Boundary scores of the fixed windows of all sources, and the number of boundaries under the present threshold."""
     scores, n_concepts = [], 0
-    for _, tokens_T, _, cu_seqlens in _fixed_batches(model, split, config):
-        with autocast or torch.autocast(tokens_T.device.type, enabled=False):
-            detected = model.detect(tokens_T, cu_seqlens)
-        assert detected.score_T is not None
-        scores.append(detected.score_T)
-        n_concepts += int(detected.decision_T.sum())
+    for split, n_windows in zip(splits, _n_windows(parts, config)):
+        for _, tokens_T, _, cu_seqlens in _fixed_batches(model, split, n_windows, config):
+            with autocast or torch.autocast(tokens_T.device.type, enabled=False):
+                detected = model.detect(tokens_T, cu_seqlens)
+            assert detected.score_T is not None
+            scores.append(detected.score_T)
+            n_concepts += int(detected.decision_T.sum())
     return torch.cat(scores), n_concepts
 
 
@@ -72,40 +81,66 @@ class Validation:
     """Loss on the fixed validation set.
 
     Attributes:
-        loss_nats: nats per token.
-        bits_per_byte: bits per UTF-8 byte of text.
-        tokens_per_concept: realised R.
+        loss_nats: nats per token; of a mixture, the mean of its sources' by their weights. That is the mean over the union of
+            their windows where those can be shared out exactly.
+        bits_per_byte: bits per UTF-8 byte of text; of a mixture, of text whose tokens are shared out by the weights.
+        tokens_per_concept: realised R, over the windows of all sources: what the threshold was calibrated to.
         domains: for `code` and for `prose`: `tokens` read, `concepts` that begin with one of them, `tokens_per_concept`,
             `targets` (tokens of the domain that were predicted) and `loss_nats`, their mean loss. The tokens add up to
             those of the validation set, the concepts to its concepts, and so do the targets and targets x loss. A concept
             that spans two domains counts where it begins. Ratios are None for a domain that the text does not have.
+        sources: for each source of a mixture: `weight`, `epochs` of its training text by the end of the run, and of its
+            validation windows `tokens`, `loss_nats`, `bits_per_byte`, `tokens_per_concept`. None without a mixture.
     """
 
     loss_nats: float
     bits_per_byte: float
     tokens_per_concept: float
     domains: Domains
+    sources: Sources | None = None
 
 
 @torch.no_grad()
 def evaluate_loss(
-    model: Model, corpus: Corpus, config: RunConfig, autocast: torch.autocast | None = None
+    model: Model, corpus: Corpus | Mixture, config: RunConfig, autocast: torch.autocast | None = None
 ) -> Validation:
     """Mean loss over the fixed validation windows, with thresholded boundaries as at inference.
 
     bits per byte = total nats / ln 2 / UTF-8 bytes of the predicted tokens; the end of a document is predicted but has none.
     """
     model.eval()
-    sums, labels, n_bytes = _DomainSums(), StreamLabels(corpus.validation, corpus.tokenizer), 0
-    for batch, tokens_T, targets_T, cu_seqlens in _fixed_batches(model, corpus.validation, config):
+    parts = parts_of(corpus)
+    found = [_part_sums(model, part, n, config, autocast) for part, n in zip(parts, _n_windows(parts, config))]
+    total = _DomainSums()
+    for sums in found:
+        total.join(sums)
+    weights = [part.weight for part in parts]
+    # Of a plain corpus, whose weight is 1, this is its own mean.
+    loss_nats = sum(weight * sums.loss_nats for weight, sums in zip(weights, found))
+    bytes_per_token = sum(weight * sums.n_bytes / sums.n_tokens for weight, sums in zip(weights, found))
+    sources = None
+    if isinstance(corpus, Mixture):
+        epochs = corpus.train.epochs_by_source(config.tokens)
+        sources = {
+            part.name: {"weight": part.weight, "epochs": epochs[part.name], **sums.measures()}
+            for part, sums in zip(parts, found)
+        }
+    bits_per_byte = loss_nats / math.log(2) / max(bytes_per_token, 1 / total.n_tokens)
+    return Validation(loss_nats, bits_per_byte, total.tokens_per_concept, total.figures(), sources)
+
+
+def _part_sums(
+    model: Model, part: Part, n_windows: int, config: RunConfig, autocast: torch.autocast | None
+) -> "_DomainSums":
+    """The sums over the fixed validation windows of one source."""
+    corpus, sums = part.corpus, _DomainSums()
+    labels = StreamLabels(corpus.validation, corpus.tokenizer)
+    for batch, tokens_T, targets_T, cu_seqlens in _fixed_batches(model, corpus.validation, n_windows, config):
         with autocast or torch.autocast(tokens_T.device.type, enabled=False):
             out = model(tokens_T, cu_seqlens=cu_seqlens, targets=targets_T)
         sums.add(batch, out, labels, corpus.tokenizer.eot_id)
-        n_bytes += corpus.target_bytes(batch)
-    n_tokens, n_concepts, nats = int(sums.tokens.sum()), int(sums.concepts.sum()), float(sums.nats.sum())
-    return Validation(
-        nats / n_tokens, nats / math.log(2) / max(n_bytes, 1), n_tokens / max(n_concepts, 1), sums.figures()
-    )
+        sums.n_bytes += corpus.target_bytes(batch)
+    return sums
 
 
 @dataclass
@@ -116,6 +151,7 @@ class _DomainSums:
     concepts: np.ndarray = field(default_factory=lambda: np.zeros(len(DOMAINS), np.int64))
     targets: np.ndarray = field(default_factory=lambda: np.zeros(len(DOMAINS), np.int64))
     nats: np.ndarray = field(default_factory=lambda: np.zeros(len(DOMAINS)))
+    n_bytes: int = 0
 
     def add(self, batch: Batch, out: Output, labels: StreamLabels, eot_id: int) -> None:
         """Add one batch. What is read and what is predicted are one token apart, so they have labels of their own."""
@@ -132,6 +168,38 @@ class _DomainSums:
         self.targets += np.bincount(predicted_T, minlength=n)
         self.nats += np.bincount(predicted_T, nats_T, minlength=n)
 
+    def join(self, other: "_DomainSums") -> None:
+        """Add the sums over other windows."""
+        self.tokens += other.tokens
+        self.concepts += other.concepts
+        self.targets += other.targets
+        self.nats += other.nats
+        self.n_bytes += other.n_bytes
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens read; as many are predicted."""
+        return int(self.tokens.sum())
+
+    @property
+    def loss_nats(self) -> float:
+        """Nats per token."""
+        return float(self.nats.sum()) / self.n_tokens
+
+    @property
+    def tokens_per_concept(self) -> float:
+        """Realised R."""
+        return self.n_tokens / max(int(self.concepts.sum()), 1)
+
+    def measures(self) -> dict[str, float | int]:
+        """What is said of one source."""
+        return {
+            "tokens": self.n_tokens,
+            "loss_nats": self.loss_nats,
+            "bits_per_byte": float(self.nats.sum()) / math.log(2) / max(self.n_bytes, 1),
+            "tokens_per_concept": self.tokens_per_concept,
+        }
+
     def figures(self) -> Domains:
         """The figures of `Validation.domains`."""
         return {
@@ -146,10 +214,16 @@ class _DomainSums:
         }
 
 
-def _fixed_batches(model: Model, split: Split, config: RunConfig) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
-    """The fixed windows of a split, and their tokens, targets and cu_seqlens on the device of the model."""
-    device = next(model.parameters()).device
-    for batch in split.windows(config.data.seq_len, config.data.validation_tokens, _VALIDATION_BATCH_TOKENS):
+def _n_windows(parts: Sequence[Part], config: RunConfig) -> list[int]:
+    return fixed_windows(parts, config.data.validation_tokens, config.data.seq_len)
+
+
+def _fixed_batches(
+    model: Model, split: Split, n_windows: int, config: RunConfig
+) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
+    """At most `n_windows` fixed windows of a split, and their tokens, targets and cu_seqlens on the device of the model."""
+    device, seq_len = next(model.parameters()).device, config.data.seq_len
+    for batch in split.windows(seq_len, n_windows * seq_len, _VALIDATION_BATCH_TOKENS):
         arrays = (batch.tokens_T, batch.targets_T, batch.cu_seqlens)
         tokens_T, targets_T, cu_seqlens = (torch.from_numpy(x).to(device) for x in arrays)
         yield batch, tokens_T, targets_T, cu_seqlens

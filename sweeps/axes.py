@@ -1,7 +1,8 @@
 """Axes over config fields by dotted path and over design variables; their expansion into points.
 
 A point is a flat mapping: dotted path of a `RunConfig` field, or one of the design variables `size`, `concept_share` and
-`parametrization`, which name no field because several follow from them.
+`parametrization`, which name no field because several follow from them. The sources of a mixture have names that the sweep gives:
+`data.mixture.NAME.weight`.
 """
 
 import difflib
@@ -11,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dlcm.config import Frozen, RunConfig
-from dlcm.errors import UserError
+from dlcm.errors import UserError, nearest
+from dlcm.source_config import SourceConfig
 
 if TYPE_CHECKING:
     from sweeps.spec import Axes
@@ -22,6 +24,7 @@ ALIASES = {"compression_ratio": "model.boundary.compression_ratio", "boundary": 
 DESIGN = ("size", "concept_share", "parametrization")
 # Keys whose values may be written as 0.3M.
 COUNTS = ("size", "optim.warmup_tokens", "train.tokens", "train.batch_tokens", "train.micro_batch_tokens")
+MIXTURE = "data.mixture"
 _UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
@@ -62,9 +65,42 @@ def canonical(path: str, where: str) -> str:
     Raises:
         UserError: no such key, with the nearest valid one.
     """
+    if path.startswith(MIXTURE + "."):
+        return _source_path(path, where)
     if path not in valid_paths():
         raise UserError(f"{where}: unknown key {path!r}{_suggest(path)}")
     return ALIASES.get(path, path)
+
+
+def _source_path(path: str, where: str) -> str:
+    """`data.mixture.NAME.FIELD`; any name, which the config checks where its value is known."""
+    name, _, field = path.removeprefix(MIXTURE + ".").partition(".")
+    if not field:
+        raise UserError(f"{where}: {path!r}: expected {', '.join(SourceConfig.model_fields)} of the source {name!r}")
+    if field not in SourceConfig.model_fields:
+        raise UserError(f"{where}: unknown key {path!r}{nearest(field, SourceConfig.model_fields)}")
+    return path
+
+
+def overlay(values: Mapping[str, Any], *over: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat mappings, each over those before it; a whole mixture and keys of its sources replace each other."""
+    result = dict(values)
+    for more in over:
+        if MIXTURE in more:
+            result = {key: value for key, value in result.items() if not key.startswith(MIXTURE + ".")}
+        elif MIXTURE in result and any(key.startswith(MIXTURE + ".") for key in more):
+            result |= _leaves_of(result.pop(MIXTURE))
+        result |= more
+    return result
+
+
+def _leaves_of(mixture: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:
+    """A mixture that was given whole, by dotted path."""
+    return {
+        f"{MIXTURE}.{name}.{field}": value
+        for name, source in (mixture or {}).items()
+        for field, value in source.items()
+    }
 
 
 def _suggest(path: str) -> str:
@@ -105,11 +141,18 @@ def check_paths(values: Mapping[str, Any], where: str, seen: dict[str, str]) -> 
     result = {}
     for key, value in values.items():
         name = canonical(str(key), where)
+        if name.startswith(MIXTURE) and (whole := next((k for k in seen if _overlaps(k, name)), None)):
+            raise UserError(f"{where}: {key!r} is given twice, here and with {seen[whole]}; keep one")
         if name in seen:
             raise UserError(f"{where}: {key!r} is given twice, here and as {seen[name]}; keep one")
         seen[name] = f"{where.rpartition(': ')[2]}.{key}"
         result[name] = value
     return result
+
+
+def _overlaps(one: str, other: str) -> bool:
+    """Whether one is the whole mixture and the other a part of it."""
+    return {one, other} > {MIXTURE} and max(one, other, key=len).startswith(MIXTURE + ".")
 
 
 def flatten(values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -123,7 +166,7 @@ def flatten(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     def walk(block: Mapping[str, Any], prefix: str) -> None:
         for key, value in block.items():
             path = f"{prefix}{key}"
-            if any(name.startswith(path + ".") for name in valid_paths()):
+            if _is_block(path, value):
                 if not isinstance(value, Mapping):
                     raise UserError(f"{where}: {path!r}: expected a mapping of keys to values, got {value!r}")
                 walk(value, path + ".")
@@ -135,6 +178,14 @@ def flatten(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     walk(values, "")
     return result
+
+
+def _is_block(path: str, value: Any) -> bool:
+    """Whether `path` names a block of fields: a mixture that has sources, and each of them, or a block of the config."""
+    if path == MIXTURE:
+        return isinstance(value, Mapping) and bool(value)
+    is_source = path.startswith(MIXTURE + ".") and path.count(".") == 2
+    return is_source or any(name.startswith(path + ".") for name in valid_paths())
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,9 @@ COLUMNS: Mapping[str, Column] = {
     "tokens_per_concept": Column("float64", "tokens/concept", "R realised at evaluation; 1 for a dense model"),
     "tokens_per_concept_train": Column("float64", "tokens/concept", "R realised over the last 10% of training steps"),
     "tokens": Column("Int64", "tokens", "D, tokens that were trained on"),
-    "epochs": Column("float64", "", "tokens over the training tokens of the corpus"),
+    "epochs": Column(
+        "float64", "", "tokens over the training tokens of the corpus; of a mixture, the largest of its sources"
+    ),
     "seq_len": Column("int64", "tokens", "length of one packed window"),
     "budget": Column("str", "", "the budget that set its length, in words; empty where train.tokens did"),
     "flops_train": Column("float64", "FLOPs", "training, causal-halved, at R realised in training"),
@@ -75,6 +77,15 @@ COLUMNS: Mapping[str, Column] = {
     "commit": Column("str", "", "commit of the code that trained it, `+` and a hash where the checkout differed"),
 }
 
+# One group a source of a mixture; `<source>` is its name in the config.
+SOURCE_COLUMNS: Mapping[str, Column] = {
+    "weight_<source>": Column("float64", "", "share of the training tokens that were asked for"),
+    "epochs_<source>": Column("float64", "", "tokens from the source over its training tokens"),
+    "loss_nats_<source>": Column("float64", "nats/token", "validation loss on the source"),
+    "bits_per_byte_<source>": Column("float64", "bits/byte", "the same per UTF-8 byte"),
+    "tokens_per_concept_<source>": Column("float64", "tokens/concept", "R on the source; 1 for a dense model"),
+}
+
 # One group a task that was evaluated; `<task>` is the name of the file in eval/.
 TASK_COLUMNS: Mapping[str, Column] = {
     "acc_<task>": Column("float64", "", "accuracy"),
@@ -99,7 +110,8 @@ def collect(sweep_dir: Path | str) -> pd.DataFrame:
         sweep_dir: directory of the sweep.
 
     Returns:
-        One row a run in plan order, the columns of `COLUMNS` and then those of `TASK_COLUMNS` for each evaluated task.
+        One row a run in plan order, the columns of `COLUMNS`, those of `SOURCE_COLUMNS` for each source of a mixture, and those
+        of `TASK_COLUMNS` for each evaluated task.
         A run that is no longer in the sweep file is kept if it has a result.
 
     Raises:
@@ -119,18 +131,20 @@ def collect(sweep_dir: Path | str) -> pd.DataFrame:
 
 def as_results(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """A results table from rows, with its columns in order and of their dtypes; absent values are null."""
-    tasks = sorted({key for row in rows for key in row} - set(COLUMNS), key=_task_order)
-    frame = pd.DataFrame(list(rows), columns=[*COLUMNS, *tasks])
-    dtypes = {name: column.dtype for name, column in COLUMNS.items()} | dict.fromkeys(tasks, "float64")
+    more = sorted({key for row in rows for key in row} - set(COLUMNS), key=_order)
+    frame = pd.DataFrame(list(rows), columns=[*COLUMNS, *more])
+    dtypes = {name: column.dtype for name, column in COLUMNS.items()} | dict.fromkeys(more, "float64")
     return frame.astype(dtypes)
 
 
-def _task_order(name: str) -> tuple[str, int]:
-    for position, pattern in enumerate(reversed(list(TASK_COLUMNS))):
-        match = re.fullmatch(re.escape(pattern).replace("<task>", "(.+)"), name)
-        if match:
-            return match.group(1), -position
-    return name, 0
+def _order(name: str) -> tuple[int, str, int]:
+    """Columns of sources before those of tasks, each source and task by its name, its columns as in the schema."""
+    for group, patterns in enumerate((SOURCE_COLUMNS, TASK_COLUMNS)):
+        for position, pattern in enumerate(reversed(list(patterns))):
+            match = re.fullmatch(re.sub(r"<\w+>", "(.+)", pattern), name)
+            if match:
+                return group, match.group(1), -position
+    return 2, name, 0
 
 
 def _row(sweep: StoredSweep, run: StoredRun, state: RunState) -> dict[str, Any]:
@@ -156,6 +170,7 @@ def _row(sweep: StoredSweep, run: StoredRun, state: RunState) -> dict[str, Any]:
         "lr_source": run.row.get("lr_source"),
         **{name: getattr(model, name) for name in ("d_token", "d_concept", "d_token_base", "d_concept_base")},
         "status": state.status,
+        **{f"weight_{name}": source.weight for name, source in (config.data.mixture or {}).items()},
     }
     # Read as a file, not through `dlcm.train`: making a table needs no torch.
     result = read_record(run.path / "result.json")
@@ -198,7 +213,23 @@ def _measured(run: StoredRun, result: Mapping[str, Any]) -> dict[str, Any]:
         "flops_train_marginal": training.training_per_token * (result["tokens"] - shared) if training else None,
         "loss_nats_stable": result.get("loss_nats_stable"),
         **{key: result[key] for key in copied},
+        **_source_columns(run, result),
     }
+
+
+def _source_columns(run: StoredRun, result: Mapping[str, Any]) -> dict[str, float | None]:
+    """What a run of a mixture measured of each source; `weight_<source>` is known before."""
+    epochs, measured = result.get("epochs_by_source") or {}, result.get("sources") or {}
+    columns: dict[str, float | None] = {f"epochs_{name}": value for name, value in epochs.items()}
+    for name, source in measured.items():
+        if absent := {"loss_nats", "bits_per_byte", "tokens_per_concept"} - set(source):
+            raise UserError(
+                f"{run.path / 'result.json'}: sources.{name} has no {', '.join(sorted(absent))}; delete it and submit again"
+            )
+        columns[f"loss_nats_{name}"] = source["loss_nats"]
+        columns[f"bits_per_byte_{name}"] = source["bits_per_byte"]
+        columns[f"tokens_per_concept_{name}"] = 1.0 if run.config.model.is_dense else source["tokens_per_concept"]
+    return columns
 
 
 def _check(run: StoredRun, result: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -280,9 +280,13 @@ def format_hours(hours: float) -> str:
 
 
 def costed(sweep_plan: "Plan", overrides: Overrides | None = None) -> PlanCosts:
-    """`hardware_of` and `cost_plan` in one."""
+    """`hardware_of` and `cost_plan` in one, with a warning where runs repeat their text."""
+    from sweeps.epochs import plan_repeats
+
     hardware, notes = hardware_of(sweep_plan.sweep, overrides)
-    return cost_plan(sweep_plan, hardware, notes)
+    costs = cost_plan(sweep_plan, hardware, notes)
+    repeats = plan_repeats(sweep_plan)
+    return costs if repeats is None else replace(costs, warnings=(*costs.warnings, repeats))
 
 
 def calibration_runs(path: Path | None, *, gpu: bool) -> tuple[list[RunConfig], int | None]:

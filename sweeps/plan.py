@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dlcm.config import DataConfig, RunConfig, TrainConfig
 from dlcm.errors import UserError, parse
 from flops import FlopCount, ParamCount
-from sweeps.axes import ALIASES, DESIGN, expand, unflatten
+from sweeps.axes import ALIASES, DESIGN, expand, overlay, unflatten
 from sweeps.points import PlannedModel, Point, Shared
 from sweeps.trunks import shared_steps
 from sweeps.tuned import apply_tuned, describe_source
@@ -221,7 +221,7 @@ def plan(sweep: "Sweep") -> Plan:
     _check_given(sweep)
     shared = Shared(sweep)
     tuned = {} if sweep.tuned is None else apply_tuned(Path(sweep.tuned), given_keys(sweep), sweep.where)
-    points = [{**sweep.base, **tuned, **point} for point in expand(sweep.axes)]
+    points = [overlay(sweep.base, tuned, point) for point in expand(sweep.axes)]
     runs: dict[str, PlannedRun] = {}
     short: list[str] = []
     for values in (*points, *shared.baseline_points(points)):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from dlcm.config import NOT_IN_TRUNK, DataConfig, Frozen, ModelConfig, OptimConfig, RunConfig, canonical_json
 from dlcm.errors import UserError, nearest, parse
 from flops import FlopCount, ParamCount, count, parameters
-from sweeps.axes import ALIASES, DESIGN, label, parse_count, unflatten
+from sweeps.axes import ALIASES, DESIGN, label, overlay, parse_count, unflatten
 from sweeps.shapes import SHAPE_FIELDS, Parts, dense_shape, dlcm_shape
 from sweeps.smooth_cost import size_at_cost
 
@@ -153,7 +153,7 @@ class Shared:
             for size in baseline.sizes or (dense["size"],):
                 for seed in baseline.seeds or (dense.get("seed", 0),):
                     point = {k: v for k, v in dense.items() if k.rpartition(".")[2] not in SHAPE_FIELDS}
-                    point |= {"size": size, "seed": seed, **baseline.set}
+                    point = overlay(point | {"size": size, "seed": seed}, baseline.set)
                     # A dense model has no concept side; one learning rate, so that an axis over lr_concept adds no twin runs.
                     point["optim.lr_concept"] = point.get(
                         "optim.lr_token", RunConfig.model_fields["optim"].default.lr_token

@@ -97,7 +97,11 @@ def show_dry_run(planned: "Plan", sweep_dir: Path, *, as_json: bool) -> None:
 
 def launch_and_show(planned: "Plan", sweep_dir: Path, options: Options, *, detach: bool | None, as_json: bool) -> int:
     """Submit a plan and, unless detached, show it to its end. Returns the exit code."""
+    from sweeps.epochs import plan_repeats
     from sweeps.launch import launch
+
+    if repeats := plan_repeats(planned):
+        print(f"warning: {repeats}", file=sys.stderr)
 
     def submit(**more: Any) -> "Submission":
         return launch(planned, sweep_dir, options.cluster, **options.arguments(), **more)
@@ -329,12 +333,19 @@ def show_cancelled(cancelled: Cancelled, *, as_json: bool) -> None:
 def collect_and_show(sweep_dir: Path, *, as_json: bool) -> None:
     """Write results.parquet and say what is in it."""
     from sweeps.collect import collect
+    from sweeps.epochs import describe_repeats
 
     frame = collect(sweep_dir)
+    repeats = describe_repeats(frame["epochs"])
     path = sweep_dir / "results.parquet"
     counts = Counter(frame["status"])
     if as_json:
-        told = {"path": str(path), "n_runs": len(frame), "counts": dict(counts)}
+        told = {
+            "path": str(path),
+            "n_runs": len(frame),
+            "counts": dict(counts),
+            "warnings": [repeats] if repeats else [],
+        }
         print(
             json.dumps(told | {"rows": json.loads(str(frame.to_json(orient="records", double_precision=15)))}, indent=2)
         )
@@ -343,3 +354,5 @@ def collect_and_show(sweep_dir: Path, *, as_json: bool) -> None:
     print(f"{path}: {_n(len(frame), 'run')} ({told}), {len(frame.columns)} columns")
     if len(frame) > counts["finished"]:
         print("runs without a result are rows with nulls; see `dlcm sweep status`")
+    if repeats:
+        print(f"warning: {repeats}", file=sys.stderr)

@@ -2,7 +2,7 @@
 
     name: compression
     base:                       # overrides of the run config, nested as in `dlcm.config`, plus the design variables
-      data: {corpus: stdlib, tokenizer: bpe-4096}
+      data: {corpus: stdlib, tokenizer: bpe-4096}        # or mixture: {code: {corpus: stdlib, weight: 0.7}, wiki: {...}}
       optim: {lr_token: 3.0e-3, lr_concept: 3.0e-3}
       size: 0.5M                # non-embedding parameters; the shape follows (`sweeps/shapes.py`)
     axes:
@@ -33,7 +33,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model
 from dlcm.config import Frozen
 from dlcm.errors import UserError, parse
 from dlcm.tracking import TrackerName
-from sweeps.axes import COUNTS, DESIGN, check_paths, flatten, parse_count
+from sweeps.axes import COUNTS, DESIGN, MIXTURE, check_paths, flatten, parse_count
 from sweeps.cluster_config import ClusterConfig as ClusterConfig
 from sweeps.rules import BatchRule, Minimum, WarmupRule
 from sweeps.shapes import ShapeRule
@@ -280,9 +280,17 @@ def _resolve(key: str, value: Any, folder: Path, where: str) -> Any:
     """The value of a config field: a count such as 0.3M as a number, a file's path absolute, all else as it is."""
     if key in COUNTS:
         return parse_count(value)
+    if key == MIXTURE and isinstance(value, Mapping):
+        if odd := [name for name, source in value.items() if not isinstance(source, Mapping)]:
+            raise UserError(f"{where}.{odd[0]}: expected a mapping of keys to values, got {value[odd[0]]!r}")
+        return {
+            name: {k: _resolve(f"{key}.{name}.{k}", v, folder, f"{where}.{name}.{k}") for k, v in source.items()}
+            for name, source in value.items()
+        }
     if not isinstance(value, str):
         return value
-    if key == "data.corpus" and value not in ("stdlib", "packages") and not value.startswith("hf:"):
+    is_corpus = key == "data.corpus" or (key.startswith(MIXTURE + ".") and key.endswith(".corpus"))
+    if is_corpus and value not in ("stdlib", "packages") and not value.startswith("hf:"):
         return _find(value, folder, where)
     if key == "data.tokenizer" and value.endswith(".json") and not value.startswith("hub:"):
         return _find(value, folder, where)

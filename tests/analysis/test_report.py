@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -69,6 +70,18 @@ def test_the_summary_says_what_so_few_runs_cannot_say(demo_analysis):
         assert needed in text
     assert "wins at this scale" not in text  # an interval that reaches over zero names no winner
     assert not any("nan" in line.split() for line in text.splitlines())
+
+
+def test_the_summary_says_in_one_sentence_that_runs_repeat_their_text(demo_analysis):
+    def summary(epochs):
+        frame = demo_analysis.data.frame.drop(columns="epochs")
+        frame = frame if epochs is None else frame.assign(epochs=epochs)
+        return replace(demo_analysis, data=replace(demo_analysis.data, frame=frame)).summary()
+
+    text = " ".join(summary([0.5] * 16 + [1.0, 4.25]).split())
+    assert "- 1 of 18 runs goes through text more than once, up to 4.25 epochs: the D of a law then counts" in text
+    for epochs in ([0.5] * 18, [None] * 18, None):
+        assert "more than once" not in summary(epochs)
 
 
 def test_the_analysis_is_json(demo_analysis):

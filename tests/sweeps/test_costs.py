@@ -155,18 +155,19 @@ def test_what_stands_in_the_way_is_told():
         budgets={"tokens": ["20B"]},
     )
     costs = costed(slow)
-    memory_line, time_line, devices_line, mfu_line = costs.warnings
+    memory_line, time_line, devices_line, mfu_line, epochs_line = costs.warnings
     assert "3 of 3 runs do not fit the 40 GB of A100-40GB" in memory_line
     assert "cluster.time = 1:00:00" in time_line
     assert "2 devices share each run without loss" in devices_line
     assert "fewer than 100M parameters" in mfu_line
+    assert "3 of 3 runs go through text more than once" in epochs_line
     most = int(memory_line.split("micro_batch_tokens to ")[1].split(" ")[0].replace(",", ""))
     fitting = planned(
         {"gpus": 1, "accelerator": "A100-40GB", "time": "7-00:00:00", "mfu": 0.3},
         base=SWEEP["base"] | large | {"train": {"batch_tokens": 262_144, "micro_batch_tokens": most}},
         budgets={"tokens": ["20B"]},
     )
-    assert costed(fitting).warnings == ()
+    assert costed(fitting).warnings == (epochs_line,)
 
 
 def test_models_outside_of_the_calibration_are_told(cache):
