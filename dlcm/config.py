@@ -248,6 +248,16 @@ class TrainConfig(Frozen):
     compile: bool = Field(
         default=False, description="compile the stacks with torch.compile; needs a C++ compiler, or a GPU"
     )
+    parallel: Literal["auto", "ddp", "fsdp"] = Field(
+        default="auto",
+        description="what several ranks keep: `ddp` the whole model each, `fsdp` a share of weights, gradients and moments; "
+        "auto: `ddp` unless 16 bytes a parameter exceed 60 % of a GPU's memory. One process keeps all",
+    )
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="keep only the input of each block and compute the rest again in the backward pass: less memory, a "
+        "forward pass more, the same gradients",
+    )
 
     def is_bf16(self, device: str) -> bool:
         """Whether forward passes run under bf16 autocast on this kind of device (`cpu`, `cuda`)."""

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlcm.attention import CrossAttend, SelfAttend, check_compilable, mark_dynamic
+from dlcm.attention import CrossAttend, SelfAttend, check_compilable, compiled
 from dlcm.boundary import Boundaries, BoundaryDetector
 from dlcm.cache import Cache, Chunk
 from dlcm.concepts import Packing, Segments, concept_bound, pool_first, pool_mean, segment, shift
@@ -342,7 +342,12 @@ class Model(nn.Module):
         h_TW = self._stack("encode")(self.embedding(tokens_T), self.rotary(packing.position_T), attends)
         return self.boundary(h_TW, tokens_T, packing, draws_T)
 
-    def compile_stacks(self, **options: Any) -> None:
+    def blocks(self) -> list[nn.Module]:
+        """All layers, those of the encoder first."""
+        stacks = [self.encoder] if self.config.is_dense else [self.encoder, self.concepts.blocks, self.decoder]
+        return [block for stack in stacks for block in stack]
+
+    def compile_stacks(self, *, by_block: bool = False, **options: Any) -> None:
         """Compile encoder, concept stack and decoder for training, each whole, without graph breaks.
 
         What depends on the data stays between them: where boundaries fall, and how many concepts there are. The concepts
@@ -350,23 +355,18 @@ class Model(nn.Module):
         it changes. Evaluation, whose batches have other shapes, runs uncompiled.
 
         Args:
+            by_block: each block in place of each stack: what has to be done between blocks, as under FSDP, stays there.
             options: passed to `torch.compile`, for example `backend`.
 
         Raises:
             UserError: the attention backend cannot be compiled.
         """
         check_compilable(self.config.attention_backend)
-
-        def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-            graph = torch.compile(function, fullgraph=True, **options)
-
-            def call(*inputs: Any) -> Any:
-                mark_dynamic(inputs)
-                return graph(*inputs)
-
-            return call
-
-        self._compiled = {name: compiled(getattr(self, name)) for name in ("encode", "think", "decode")}
+        stacks = {name: getattr(self, name) for name in ("encode", "think", "decode")}
+        if by_block:
+            for block in self.blocks():
+                block.forward = compiled(block.forward, lambda: self.training, **options)
+        self._compiled = stacks if by_block else {name: compiled(f, **options) for name, f in stacks.items()}
 
     def _stack(self, name: str) -> Callable[..., Any]:
         return self._compiled[name] if self.training and self._compiled else getattr(self, name)

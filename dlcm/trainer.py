@@ -28,12 +28,15 @@ from dlcm.provenance import describe_environment
 from dlcm.record import append_metrics, cut_metrics, write_json
 from dlcm.result import Result
 from dlcm.shards import Corpus, open_corpus
+from dlcm.sharing import share_model
 from dlcm.tally import StepSums, Tally
 from dlcm.trunk import copy_metrics, load_branch, save_branch
 from dlcm.validation import calibrate_threshold, evaluate_loss, stable_loss
 
 # Weight of the past in the running loss that decides about divergence.
 _RUNNING_LOSS_DECAY = 0.9
+# Tokens, targets, cu_seqlens, and positions or draws of a micro-batch.
+Part = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class StopTraining(Exception):
@@ -77,9 +80,8 @@ class Trainer:
         self.device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         bf16 = config.train.is_bf16(self.device.type)
         self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
-        self.model = prepare_model(config, self.corpus).to(self.device)
-        if config.train.compile:
-            self.model.compile_stacks()
+        self.shared = share_model(prepare_model(config, self.corpus), config, self.device, self.ranks)
+        self.model = self.shared.model
         self.optimizer = build_optimizer(self.model, config.optim)
         self.tally, self.step = Tally(), 0
         self.metrics_path = run_dir / "metrics.jsonl"
@@ -93,6 +95,7 @@ class Trainer:
             "corpus": corpus_record(self.corpus),
             "micro_batch_tokens": self.executed.train.micro_batch_tokens,
             "n_ranks": self.ranks.world_size,
+            "parallel": self.shared.mode,
         }
         self._write_json("env.json", {"schema": SCHEMA_VERSION, **environment, **facts})
         clock = time.perf_counter()
@@ -110,10 +113,8 @@ class Trainer:
                 self._log(grad_norm, tokens_per_s)
             if last and not reason:
                 self.tally.uncalibrated = calibrate_threshold(self.model, self.corpus, self.config, self.autocast)
-            if self.step in self.keep and not reason and self.ranks.is_main:
-                self.guard()
-                seconds = self.tally.wall_s + time.perf_counter() - clock
-                save_branch(self.run_dir, self.step, self.config, self._state(), seconds)
+            if self.step in self.keep and not reason:
+                self._keep_branch(self.tally.wall_s + time.perf_counter() - clock)
             saved = not reason and (last or self.step % self.config.train.checkpoint_every == 0)
             if saved:
                 clock = self._save(clock)
@@ -160,8 +161,7 @@ class Trainer:
                 self.guard()
                 copy_metrics(self.trunk, self.run_dir, state["step"])
         if state is not None:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.shared.load(state, self.optimizer)
             self.step, self.tally = state["step"], Tally(**state["tally"])
         if self.ranks.is_main:
             cut_metrics(self.metrics_path, self.step)
@@ -170,17 +170,21 @@ class Trainer:
         """Save a checkpoint; `clock` is when the time since the one before began, and what comes back is when the next begins."""
         now = time.perf_counter()
         self.tally.wall_s += now - clock
+        state = self._state()
         if self.ranks.is_main:
             self.guard()
-            save_checkpoint(self.run_dir, self.step, self.config, self._state())
+            save_checkpoint(self.run_dir, self.step, self.config, state)
         return now
 
+    def _keep_branch(self, seconds: float) -> None:
+        state = self._state()
+        if self.ranks.is_main:
+            self.guard()
+            save_branch(self.run_dir, self.step, self.config, state, seconds)
+
     def _state(self) -> dict[str, Any]:
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "tally": asdict(self.tally),
-        }
+        """What a checkpoint holds, on rank 0; all ranks call it, since each may have a share of the model."""
+        return {**self.shared.state(self.optimizer), "tally": asdict(self.tally)}
 
     def train_step(self) -> tuple[float, float]:
         """One optimizer step. Returns the language-model loss in nats per token and the gradient norm before clipping."""
@@ -193,46 +197,47 @@ class Trainer:
         )
         rank, n_ranks = self.ranks.rank, self.ranks.world_size
         parts = [self._to_device(part) for part in micro_batches(batch, self.executed, rank, n_ranks)]
-        ahead = self._statistics_ahead(parts)
+        passes = self.shared.passes(parts, most_micro_batches(self.executed, n_ranks))
+        ahead = self._statistics_ahead(passes)
         self.optimizer.zero_grad(set_to_none=True)
         sums = StepSums()
-        for part in parts:
-            self._backward(part, ahead, sums)
-        self.ranks.average_gradients(self.model.parameters())
+        for i, (part, counts) in enumerate(passes):
+            with self.shared.accumulating(i + 1 < len(passes)):
+                self._backward(part, ahead, sums, counts)
         (sums.loss,) = self.ranks.sum([sums.loss], self.device) if n_ranks > 1 else (sums.loss,)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip_norm)
+        norm = self.shared.clip_gradients(config.optim.clip_norm)
         # A step along a gradient that is not finite would destroy the weights of a run whose divergence is a result.
-        if math.isfinite(float(norm)):
+        if math.isfinite(norm):
             self.optimizer.step()
         self._account(sums)
-        return sums.loss / config.train.batch_tokens, float(norm)
+        return sums.loss / config.train.batch_tokens, norm
 
-    def _to_device(self, part: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _to_device(self, part: Part) -> Part:
         tokens_T, targets_T, cu_seqlens, position_T = (x.to(self.device, non_blocking=True) for x in part)
         return tokens_T, targets_T, cu_seqlens, uniform_draws(self.config.seed, self.step, position_T)
 
-    def _statistics_ahead(self, parts: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> RateStatistics | None:
+    def _statistics_ahead(self, passes: list[tuple[Part, bool]]) -> RateStatistics | None:
         """F and G of the whole batch, before any gradient: with several micro-batches the encoder runs once more for it."""
         if most_micro_batches(self.executed, self.ranks.world_size) == 1 or not self._has_ratio_loss:
             return None
         with self.autocast:
-            found = [self.model.detect(tokens_T, cu, draws_T) for tokens_T, _, cu, draws_T in parts]
+            of_all = [self.model.detect(tokens_T, cu, draws_T) for (tokens_T, _, cu, draws_T), _ in passes]
+        found = [detected for detected, (_, counts) in zip(of_all, passes) if counts]
         n_boundaries = sum(detected.decision_T.sum() for detected in found)
         prob_sum = torch.stack([detected.prob_T.sum() for detected in found]).sum()
-        return global_statistics(n_boundaries, prob_sum, sum(tokens_T.numel() for tokens_T, *_ in parts))
+        return global_statistics(n_boundaries, prob_sum, sum(detected.prob_T.numel() for detected in found))
 
     @property
     def _has_ratio_loss(self) -> bool:
         boundary = self.config.model.boundary
         return boundary is not None and boundary.detector == "learned" and boundary.ratio_loss_weight > 0
 
-    def _backward(
-        self, part: tuple[Tensor, Tensor, Tensor, Tensor], ahead: RateStatistics | None, sums: StepSums
-    ) -> None:
+    def _backward(self, part: Part, ahead: RateStatistics | None, sums: StepSums, counts: bool) -> None:
+        """Add the gradients of a micro-batch, and its sums; zeros where it does not count."""
         tokens_T, targets_T, cu_seqlens, draws_T = part
         n_tokens = self.config.train.batch_tokens
         with self.autocast:
-            out = self.model(tokens_T, cu_seqlens=cu_seqlens, draws=draws_T, targets=targets_T)
+            out = self.shared(tokens_T, cu_seqlens=cu_seqlens, draws=draws_T, targets=targets_T)
         loss_sum = out.loss_sum
         assert loss_sum is not None
         # The mean over the ranks is the gradient of the global batch, whatever share of it a rank has.
@@ -245,6 +250,9 @@ class Trainer:
             else:
                 statistics = ahead.through(prob_sum)
             objective = objective + boundary.ratio_loss_weight * ratio_loss(statistics, boundary.compression_ratio)
+        if not counts:
+            (0.0 * objective).backward()
+            return
         objective.backward()
         sums.loss += float(loss_sum.detach())
         sums.concepts += out.n_concepts
