@@ -13,6 +13,7 @@ Files hold whole tensors under the names of the bare model, whoever wrote them: 
 """
 
 import contextlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -142,6 +143,8 @@ def _shard(model: Model, device: torch.device) -> None:
             f"train.parallel: fsdp needs FSDP2, which torch {torch.__version__} does not have ({error}); "
             "install another build of torch, or set train.parallel: ddp"
         ) from None
+    # It tells of views among the outputs, of which none is written to.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in model.blocks():
         fully_shard(block, mesh=mesh)
