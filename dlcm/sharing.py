@@ -119,7 +119,10 @@ def share_model(model: Model, config: RunConfig, device: torch.device, ranks: Ra
     if train.activation_checkpointing:
         recompute_blocks(model.blocks())
     if train.compile:
-        model.compile_stacks(by_block=mode == "fsdp")
+        # Block by block, so that weights are gathered and gradients leave between them. Dynamo would cut graphs at DDP's buckets
+        # to the same end, but not those with a recomputation in them.
+        torch._dynamo.config.optimize_ddp = torch._dynamo.config.optimize_ddp and mode != "ddp"
+        model.compile_stacks(by_block=mode != "alone")
     return SharedModel(model, mode, device)
 
 

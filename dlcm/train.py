@@ -82,6 +82,8 @@ def train(
 def step_seconds(config: RunConfig, corpus: Corpus) -> Iterator[float]:
     """Take the training steps of a run one by one, for measurements: nothing is written, and there is no last one.
 
+    The ranks of a process group take them together.
+
     Args:
         config: the run; longer than what is measured, because its learning rate is scheduled for its own steps alone.
         corpus: what batches are drawn from; its tokenizer must fit the model.
@@ -90,7 +92,7 @@ def step_seconds(config: RunConfig, corpus: Corpus) -> Iterator[float]:
         Wall seconds of each step, the drawing of its batch and the optimizer included. A step ends by reading results of
         its last operations, so on a GPU too the time is that of the work, not of its launch.
     """
-    trainer = Trainer(config, Path(), corpus)
+    trainer = Trainer(config, Path(), corpus, ranks=current_ranks())
     while True:
         started = time.perf_counter()
         trainer.train_step()

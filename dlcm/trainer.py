@@ -153,10 +153,11 @@ class Trainer:
         return self.step * self.config.train.batch_tokens
 
     def _restore(self) -> None:
-        state = load_checkpoint(self.run_dir, self.config)
+        mapped = self.shared.mode == "fsdp"
+        state = load_checkpoint(self.run_dir, self.config, mapped=mapped)
         if state is None and self.trunk is not None:
             check_corpus(self.trunk, self.corpus)
-            state = load_branch(self.trunk, self.config)
+            state = load_branch(self.trunk, self.config, mapped=mapped)
             if self.ranks.is_main:
                 self.guard()
                 copy_metrics(self.trunk, self.run_dir, state["step"])
