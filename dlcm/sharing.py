@@ -13,6 +13,7 @@ Files hold whole tensors under the names of the bare model, whoever wrote them: 
 """
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -51,10 +52,7 @@ class SharedModel:
             _shard(model, device)
         model.to(device)
         if mode == "ddp":
-            # Buffers are moved by the ratio controller, alike on all ranks.
-            self.replica = nn.parallel.DistributedDataParallel(
-                model, broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb
-            )
+            self.replica = _replicated(model, bucket_mb)
 
     def __call__(self, *inputs: Tensor, **options: Any) -> Output:
         """`Model.forward`."""
@@ -124,6 +122,14 @@ def share_model(model: Model, config: RunConfig, device: torch.device, ranks: Ra
         torch._dynamo.config.optimize_ddp = torch._dynamo.config.optimize_ddp and mode != "ddp"
         model.compile_stacks(by_block=mode != "alone")
     return SharedModel(model, mode, device)
+
+
+def _replicated(model: Model, bucket_mb: float) -> nn.parallel.DistributedDataParallel:
+    ddp = nn.parallel.DistributedDataParallel
+    # Buffers need not be sent: the ratio controller moves them alike on all ranks. Newer versions of torch call that otherwise.
+    newer = "forward_sync_buffers" in inspect.signature(ddp).parameters
+    options: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+    return ddp(model, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb, **options)
 
 
 def _freeze_untrained(model: Model) -> None:

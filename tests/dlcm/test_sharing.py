@@ -7,17 +7,21 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dlcm.config import RunConfig
+from dlcm.config import OptimConfig, RunConfig
 from dlcm.distributed import Ranks
 from dlcm.errors import UserError
 from dlcm.model import build_model
+from dlcm.optim import build_optimizer
 from dlcm.parallel import choose_mode
 from dlcm.record import read_json
 from dlcm.sharing import SharedModel, share_model
 from dlcm.train import load_result, train
 from dlcm.trunk import load_branch
-from tests.dlcm.conftest import dense_config, random_tokens, small_config
+from tests.dlcm.conftest import awake, dense_config, random_tokens, small_config
 from tests.dlcm.test_distributed_training import STEPS, assert_close, cache, config_of, figures, start  # noqa: F401
 
 DEEP = {"n_encoder_layers": 2, "n_concept_layers": 2, "n_decoder_layers": 2}
@@ -194,6 +198,50 @@ def test_fsdp_scatters_the_last_layers_before_the_first_have_gradients(group):
     shared(tokens, draws=torch.rand(48), targets=tokens).loss_sum.backward()
     assert {f"decoder.1.{name}" for name, _ in shared.model.decoder[1].named_parameters()} <= set(with_gradient)
     assert not [name for name in with_gradient if name.startswith("encoder.0")]
+
+
+def test_a_rank_keeps_its_share_of_every_weight_and_so_of_its_moments():
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
+    try:
+        shared = SharedModel(build_model(small_config()).train(), "fsdp", torch.device("cpu"))
+        kept = sum(p.to_local().numel() for p in shared.model.parameters())
+        whole = sum(p.numel() for p in shared.model.parameters())
+        assert kept == pytest.approx(whole / 4, rel=0.02)  # rows that four does not divide, and the null concept's one
+        optimizer = build_optimizer(shared.model, OptimConfig())
+        for p in shared.model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        moments = [x.to_local().numel() for state in optimizer.state.values() for x in state.values() if x.dim()]
+        assert sum(moments) == 2 * kept
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_under_autocast_fsdp_computes_what_autocast_does_and_its_own_bf16_is_further_from_fp32(group):
+    losses, found = {}, {}
+    for name in ("fp32", "autocast", "fsdp", "fsdp bf16"):
+        model = awake(dense_config(n_encoder_layers=4)).float().train()
+        if name == "fsdp":
+            model = SharedModel(model, "fsdp", torch.device("cpu")).model
+        if name == "fsdp bf16":
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            for module in (*model.blocks(), model):
+                fully_shard(module, mp_policy=policy)
+        tokens = random_tokens(256, 0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=name in ("autocast", "fsdp")):
+            loss = model(tokens, targets=tokens.roll(-1)).loss_sum
+        loss.backward()
+        losses[name] = float(loss.detach())
+        found[name] = torch.cat([put_together(p.grad).flatten() for p in model.parameters()])
+    assert losses["fsdp"] == losses["autocast"]
+    assert torch.equal(found["fsdp"], found["autocast"])
+    error = {name: float((x - found["fp32"]).norm()) for name, x in found.items()}
+    assert error["fsdp bf16"] > 1.2 * error["autocast"]
+
+
+def put_together(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def test_one_process_is_alone_whatever_is_asked_for():

@@ -16,6 +16,7 @@ from dlcm.optim import build_optimizer
 from dlcm.train import step_seconds
 from flops.calibrate import synthetic_corpus
 from flops.memory import VALIDATION_BATCH_TOKENS, largest_micro_batch, memory
+from sweeps.shapes import dlcm_shape
 
 DENSE = {"kind": "dense", "vocab_size": 90, "d_token": 32, "n_encoder_layers": 2, "d_head": 16, "n_heads_token": 2}
 DENSE |= {"d_ff_token": 56}
@@ -262,6 +263,21 @@ def test_fewer_concepts_take_less_memory():
         totals.append(memory(config, 4096, bf16=True, gpu=True).activations_total)
     assert totals == sorted(totals, reverse=True)
     assert len(set(totals)) == 3
+
+
+def test_the_table_of_several_devices_is_that_of_the_closed_form():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    table = page.split("| parameters without embeddings | one rank |")[1].split("\n\n")[0]
+    rows = [[float(cell.strip(" B")) for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert len(rows) == 3
+    for size, *told in rows:
+        config = ModelConfig(**boundary(compression_ratio=4), vocab_size=128_000, **dlcm_shape(size * 1e9, 0.6))
+        options = [(n, checkpointing) for n in (1, 8) for checkpointing in (False, True)]
+        found = [
+            memory(config, 8192, bf16=True, gpu=True, checkpointing=checkpointing, n_sharing=n).total / 1e9
+            for n, checkpointing in options
+        ]
+        assert told == pytest.approx(found, abs=0.051)
 
 
 def test_memory_needs_no_torch():
