@@ -60,12 +60,12 @@ def config_of(folder, kind="dlcm", windows=5, **train_options):
     )
 
 
-def start(n_ranks, config, run_dir, *, stop_at=None, mode=None, keep=()):
+def start(n_ranks, config, run_dir, *, stop_at=None, kill_at=None, mode=None, keep=()):
     """Ranks as torchrun starts them; their exit codes and what they said. `mode` shares the model otherwise than the config."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    told = {"stop_at": stop_at, "mode": mode, "keep": list(keep)}
+    told = {"stop_at": stop_at, "kill_at": kill_at, "mode": mode, "keep": list(keep)}
     payload = json.dumps({"config": config.model_dump(mode="json"), "run_dir": str(run_dir), **told})
     processes = []
     for rank in range(n_ranks):
@@ -94,6 +94,8 @@ def rank_main(payload):
         sharing.choose_mode = lambda *_: payload["mode"]
 
     def follow(progress):
+        if payload["kill_at"] == progress.step:
+            os._exit(9)
         if payload["stop_at"] == progress.step:
             raise StopTraining("enough")
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from dlcm.config import RunConfig
 from dlcm.model import build_model
@@ -66,6 +67,30 @@ def test_a_layer_more_keeps_its_input_alone(bf16):
         recompute_blocks(model.blocks())
         sizes.append(gradients(model, bf16)[1])
     assert sizes[1] - sizes[0] == 4 * N_TOKENS * 16
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("by_block", [False, True])
+@pytest.mark.parametrize("name", [pytest.param("dlcm", marks=pytest.mark.slow), "dense"])
+def test_compiled_stacks_recompute_as_well_without_breaks(name, by_block, fresh_compiler):
+    plain, frugal, eager = (awake(CONFIGS[name]).train() for _ in range(3))
+    recompute_blocks(frugal.blocks())
+    for model in (plain, frugal):
+        model.compile_stacks(by_block=by_block, backend="aot_eager")
+    expected, _ = gradients(eager, bf16=False)
+    found, some_bytes = gradients(frugal, bf16=False)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, atol=1e-10, rtol=1e-10, msg=key)
+    assert not counters["graph_break"]
+    _, all_bytes = gradients(plain, bf16=False)
+    assert some_bytes < 0.8 * all_bytes
 
 
 def test_names_of_parameters_stay():

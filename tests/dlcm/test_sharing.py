@@ -111,6 +111,19 @@ def test_a_run_killed_under_one_mode_goes_on_under_any_other(cache):  # noqa: F8
 
 
 @pytest.mark.slow
+def test_ranks_that_share_weights_go_on_from_the_last_checkpoint_after_one_was_killed(cache):  # noqa: F811
+    config = config_named("dlcm", cache, parallel="fsdp")  # a checkpoint each four steps
+    codes, said = start(2, config, cache / "two", kill_at=6)
+    assert codes[0] == 9, said
+    assert codes[1] != 0, said
+    assert [path.name for path in (cache / "two" / "checkpoints").iterdir()] == ["step-00000004.pt"]
+    codes, said = start(2, config, cache / "two")
+    assert codes == [0, 0], said
+    train(config, cache / "one")
+    assert_close(figures(cache / "two"), figures(cache / "one"))
+
+
+@pytest.mark.slow
 def test_a_branch_kept_under_fsdp_is_taken_up_alone(cache):  # noqa: F811
     blocks = config_named("dlcm", cache, parallel="fsdp").model_dump()
     blocks["optim"] |= {"warmup_tokens": 2 * blocks["train"]["batch_tokens"]}
