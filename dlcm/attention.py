@@ -3,7 +3,7 @@
 Shape legend: T tokens, K concepts, H query heads, G key-value heads (H a multiple of G), A head width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -166,6 +166,27 @@ def check_compilable(backend: str) -> None:
             f"torch.compile does not work with attention_backend: {backend}; "
             "set attention_backend: auto or staircase, or train without compiling"
         )
+
+
+def compiled(
+    function: Callable[..., Any], wanted: Callable[[], bool] = lambda: True, **options: Any
+) -> Callable[..., Any]:
+    """A function of layers as one graph, compiled for any number of packed sequences.
+
+    Args:
+        function: what to compile.
+        wanted: asked at each call; where it says no, the function itself is called.
+        options: passed to `torch.compile`.
+    """
+    graph = torch.compile(function, fullgraph=True, **options)
+
+    def call(*inputs: Any) -> Any:
+        if not wanted():
+            return function(*inputs)
+        mark_dynamic(inputs)
+        return graph(*inputs)
+
+    return call
 
 
 def mark_dynamic(inputs: Iterable[Any]) -> None:

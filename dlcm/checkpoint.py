@@ -43,8 +43,13 @@ def checkpoint_paths(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("step-*.pt"), reverse=True)
 
 
-def load_checkpoint(run_dir: Path, config: RunConfig) -> dict[str, Any] | None:
+def load_checkpoint(run_dir: Path, config: RunConfig, *, mapped: bool = False) -> dict[str, Any] | None:
     """The newest readable checkpoint, or None where there is none yet.
+
+    Args:
+        run_dir: of the run.
+        config: of the run.
+        mapped: leave the tensors in the file until they are read: the ranks of a machine share its pages, and none reads all.
 
     Raises:
         UserError: checkpoints are there but none can be read, or they belong to another config.
@@ -53,7 +58,7 @@ def load_checkpoint(run_dir: Path, config: RunConfig) -> dict[str, Any] | None:
     faults = []
     for path in paths:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:  # torch raises many types for a damaged file
             faults.append(f"{path.name}: {type(error).__name__}")
             continue

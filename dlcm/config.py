@@ -7,13 +7,14 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import pydantic
 from pydantic import Field
 
+from dlcm.data_config import DataConfig as DataConfig
 from dlcm.frozen import Frozen as Frozen
-from dlcm.source_config import SourceConfig, check_alone, normalised
+from dlcm.frozen import PositiveInt, Share
 
 SCHEMA_VERSION = 1
 # The last share of the steps, over which the realised R in training is averaged.
@@ -26,8 +27,6 @@ NOT_IN_TRUNK = {
 }
 
 Detector = Literal["learned", "cosine", "fixed", "random", "delimiter_word", "delimiter_sentence"]
-PositiveInt = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class BoundaryConfig(Frozen):
@@ -166,43 +165,6 @@ class ModelConfig(Frozen):
         return min(self.n_decoder_layers, 1) if self.cross_attention == "once" else self.n_decoder_layers
 
 
-class DataConfig(Frozen):
-    """Which text, cut how."""
-
-    corpus: str = Field(
-        default="stdlib",
-        description="`stdlib`, `packages`, `hf:NAME`, or a path: text file, folder, .jsonl[.gz|.zst], .parquet",
-    )
-    tokenizer: str = Field(
-        default="bpe-4096", description="`bytes`, `bpe-VOCAB` (trained on the corpus), a tokenizer.json, or `hub:NAME`"
-    )
-    text_key: str = Field(default="text", description="key or column of the text in JSONL, parquet and hub data sets")
-    mixture: dict[str, SourceConfig] | None = Field(
-        default=None,
-        description="several sources in place of `corpus`, by name, each with `corpus`, `weight`, `text_key`",
-    )
-    seq_len: PositiveInt = Field(
-        default=256, description="tokens of one packed window; attention never crosses a document"
-    )
-    validation_share: float = Field(
-        default=0.05, gt=0.0, lt=1.0, description="share of documents kept for validation, by content hash"
-    )
-    validation_tokens: PositiveInt = Field(default=65_536, description="tokens of the fixed validation set, at most")
-
-    @pydantic.field_validator("mixture")
-    @classmethod
-    def _normalise(cls, sources: dict[str, SourceConfig] | None) -> dict[str, SourceConfig] | None:
-        return None if sources is None else normalised(sources)
-
-    @pydantic.model_validator(mode="after")
-    def _check(self) -> "DataConfig":
-        if self.mixture is not None:
-            fields = type(self).model_fields
-            plain = ("corpus", "text_key")
-            check_alone({name: getattr(self, name) for name in plain}, {name: fields[name].default for name in plain})
-        return self
-
-
 class OptimConfig(Frozen):
     """AdamW with muP groups, and the schedule. Learning rates are those of the base width."""
 
@@ -262,6 +224,16 @@ class TrainConfig(Frozen):
     compile: bool | Literal["auto"] = Field(
         default="auto",
         description="torch.compile of the stacks; auto: on a GPU where a measurement says that it pays, never on a CPU",
+    )
+    parallel: Literal["auto", "ddp", "fsdp"] = Field(
+        default="auto",
+        description="what several ranks keep: `ddp` the whole model each, `fsdp` a share of weights, gradients and moments; "
+        "auto: `ddp` unless 16 bytes a parameter exceed 60 % of a GPU's memory. One process keeps all",
+    )
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="keep only the input of each block and compute the rest again in the backward pass: less memory, a "
+        "forward pass more, the same gradients",
     )
 
     def is_bf16(self, device: str) -> bool:

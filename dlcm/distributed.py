@@ -1,8 +1,7 @@
 """One run on several processes: who we are among them, and the few things that ranks say to each other.
 
-Each rank takes its share of the windows of a batch. Gradients are averaged after the backward pass, in buckets; the objective of
-a rank is scaled by the number of ranks, so that the average is the gradient of the global batch, however unequal the shares are.
-Files are written by rank 0 alone.
+Each rank takes its share of the windows of a batch; `dlcm.sharing` says how they share the model and its gradients. Files are
+written by rank 0 alone.
 """
 
 import contextlib
@@ -15,12 +14,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from dlcm.errors import UserError
 
 Answer = TypeVar("Answer")
-_BUCKET = 1 << 24  # elements of gradients that are summed at once: 64 MB in fp32
 _MEETING = timedelta(minutes=5)  # tasks of a job start within seconds of each other
 _PATIENCE = timedelta(hours=2)  # rank 0 evaluates while the others wait; a rank that dies is noticed at once
 
@@ -73,28 +70,6 @@ class Ranks:
         if error is not None:
             raise error
         return answer
-
-    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace gradients by their mean over the ranks; one that is absent here, and may be there elsewhere, counts as zero."""
-        if self.world_size == 1:
-            return
-        for bucket in _buckets(parameters):
-            flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in bucket])
-            dist.all_reduce(flat)
-            flat /= self.world_size
-            for p, mean in zip(bucket, flat.split([p.numel() for p in bucket])):
-                p.grad = mean.view_as(p).clone()
-
-
-def _buckets(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    for p in parameters:
-        if bucket and (sum(q.numel() for q in bucket) + p.numel() > _BUCKET or p.dtype != bucket[0].dtype):
-            yield bucket
-            bucket = []
-        bucket.append(p)
-    if bucket:
-        yield bucket
 
 
 def current_ranks() -> Ranks:

@@ -1,6 +1,12 @@
 """What every config is built on."""
 
+from typing import Annotated
+
 import pydantic
+from pydantic import Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Frozen(pydantic.BaseModel):

@@ -30,11 +30,14 @@ def linear_cross_entropy(x_TW: Tensor, weight_VW: Tensor, targets_T: Tensor) -> 
     Returns:
         The sum over the tokens, differentiable once in x and W; and the loss of each token, (T,), which carries no gradient.
     """
-    dtype = x_TW.dtype
-    if torch.is_autocast_enabled(x_TW.device.type):
-        dtype = torch.get_autocast_dtype(x_TW.device.type)
     grad = torch.is_grad_enabled() and (x_TW.requires_grad or weight_VW.requires_grad)
-    return _LinearCrossEntropy.apply(x_TW, weight_VW, targets_T, dtype, grad)
+    return _LinearCrossEntropy.apply(x_TW, weight_VW, targets_T, compute_dtype(x_TW), grad)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """In which dtype products with `x` are taken: that of autocast where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

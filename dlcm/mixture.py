@@ -30,10 +30,10 @@ import numpy as np
 from dlcm.build import BPE_SAMPLE_BYTES, FORMAT_VERSION, Progress, sample_training
 from dlcm.config import DataConfig
 from dlcm.corpus import open_source
+from dlcm.data_config import BLOCK_WINDOWS
 from dlcm.errors import UserError
 from dlcm.record import read_json, write_json
 from dlcm.shards import Batch, Corpus, Split, Windows, cache_root, cached, cached_tokens, open_plain
-from dlcm.source_config import BLOCK_WINDOWS
 from dlcm.tokens import Tokenizer, parse_tokenizer
 
 # Between the positions of two sources: no stream is as long, so that draws of boundaries, which are keyed by position, differ.

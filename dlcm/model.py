@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlcm.attention import CrossAttend, SelfAttend, check_compilable, mark_dynamic
+from dlcm.attention import CrossAttend, SelfAttend, check_compilable, compiled
 from dlcm.boundary import Boundaries, BoundaryDetector
 from dlcm.cache import Cache, Chunk
 from dlcm.concepts import Packing, Segments, concept_bound, pool_first, pool_mean, segment, shift
@@ -37,7 +37,7 @@ from dlcm.layers import (
     concept_block,
     token_block,
 )
-from dlcm.loss import linear_cross_entropy
+from dlcm.loss import compute_dtype, linear_cross_entropy
 from dlcm.output import Output as Output
 from dlcm.output import mean_square
 
@@ -86,7 +86,7 @@ class ConceptStack(nn.Module):
         if self.config.smoothing == "causal":
             taps = zip(self.smoother_4C, earlier(z_KC, SMOOTHER_WIDTH))
             z_KC = z_KC + sum(w_C * tap_KC for w_C, tap_KC in taps)
-        return Concepts(z_KC, None if self.null_1C is None else self.null_1C.to(z_KC.dtype))
+        return Concepts(z_KC, None if self.null_1C is None else self.null_1C.to(compute_dtype(z_KC)))
 
     def forward(
         self, pooled_KW: Tensor, gate_K1: Tensor | None, rotary: Rotary, attends: Sequence[Attend], position_K: Tensor
@@ -316,7 +316,12 @@ class Model(nn.Module):
         h_TW = self._stack("encode")(self.embedding(tokens_T), self.rotary(packing.position_T), attends)
         return self.boundary(h_TW, tokens_T, packing, draws_T)
 
-    def compile_stacks(self, **options: Any) -> None:
+    def blocks(self) -> list[nn.Module]:
+        """All layers, those of the encoder first."""
+        stacks = [self.encoder] if self.config.is_dense else [self.encoder, self.concepts.blocks, self.decoder]
+        return [block for stack in stacks for block in stack]
+
+    def compile_stacks(self, *, by_block: bool = False, **options: Any) -> None:
         """Compile encoder, concept stack and decoder for training, each whole, without graph breaks.
 
         What depends on the data stays between them: where boundaries fall, and how many concepts there are. The concepts
@@ -324,23 +329,18 @@ class Model(nn.Module):
         it changes. Evaluation, whose batches have other shapes, runs uncompiled.
 
         Args:
+            by_block: each block in place of each stack: what has to be done between blocks, as under FSDP, stays there.
             options: passed to `torch.compile`, for example `backend`.
 
         Raises:
             UserError: the attention backend cannot be compiled.
         """
         check_compilable(self.config.attention_backend)
-
-        def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-            graph = torch.compile(function, fullgraph=True, **options)
-
-            def call(*inputs: Any) -> Any:
-                mark_dynamic(inputs)
-                return graph(*inputs)
-
-            return call
-
-        self._compiled = {name: compiled(getattr(self, name)) for name in ("encode", "think", "decode")}
+        stacks = {name: getattr(self, name) for name in ("encode", "think", "decode")}
+        if by_block:
+            for block in self.blocks():
+                block.forward = compiled(block.forward, lambda: self.training, **options)
+        self._compiled = stacks if by_block else {name: compiled(f, **options) for name, f in stacks.items()}
 
     def _stack(self, name: str) -> Callable[..., Any]:
         return self._compiled[name] if self.training and self._compiled else getattr(self, name)

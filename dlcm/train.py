@@ -108,6 +108,8 @@ def step_seconds(
 ) -> Iterator[float]:
     """Take the training steps of a run one by one, for measurements: nothing is written, and there is no last one.
 
+    The ranks of a process group take them together.
+
     Args:
         config: the run; longer than what is measured, because its learning rate is scheduled for its own steps alone.
         corpus: what batches are drawn from; its tokenizer must fit the model.

@@ -32,6 +32,7 @@ from dlcm.provenance import describe_environment
 from dlcm.record import append_metrics, cut_metrics, read_metrics, write_json
 from dlcm.result import Result
 from dlcm.shards import Corpus, open_corpus
+from dlcm.sharing import share_model
 from dlcm.tally import StepSums, Tally
 from dlcm.tracking import Tracking
 from dlcm.trunk import copy_metrics, load_branch, save_branch
@@ -41,6 +42,8 @@ from dlcm.validation import calibrate_threshold, evaluate_loss, stable_loss
 _RUNNING_LOSS_DECAY = 0.9
 # A checkpoint is good while the running loss is at most so many times its lowest: the noise of ten batches, not a rise.
 _GOOD_FACTOR = 1.05
+# Tokens, targets, cu_seqlens, and positions or draws of a micro-batch.
+Part = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Trainer:
@@ -69,9 +72,10 @@ class Trainer:
         self.device, self.device_name = device_of(self.ranks)
         bf16 = config.train.is_bf16(self.device.type)
         self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
-        self.model = prepare_model(config, self.corpus).to(self.device)
-        if compiled:
-            self.model.compile_stacks()
+        self.shared = share_model(
+            prepare_model(config, self.corpus), config, self.device, self.ranks, compiled=compiled
+        )
+        self.model = self.shared.model
         self.optimizer = build_optimizer(self.model, config.optim)
         self.tally, self.step = Tally(), 0
         self.loader = Loader(self.corpus, config)
@@ -88,6 +92,7 @@ class Trainer:
             "micro_batch_tokens": self.executed.train.micro_batch_tokens,
             "n_ranks": self.ranks.world_size,
             "compiled": self.compiled,
+            "parallel": self.shared.mode,
         }
         self._write_json("env.json", {"schema": SCHEMA_VERSION, **environment, **facts})
         self.meter = load_meter(self.config, {**environment, **facts})
@@ -118,10 +123,8 @@ class Trainer:
                 tracking.log(self._log(grad_norm, speed))
             if last and not reason:
                 self.tally.uncalibrated = calibrate_threshold(self.model, self.corpus, self.config, self.autocast)
-            if self.step in self.keep and not reason and self.ranks.is_main:
-                self.guard()
-                seconds = self.tally.wall_s + time.perf_counter() - clock
-                save_branch(self.run_dir, self.step, self.config, self._state(), seconds)
+            if self.step in self.keep and not reason:
+                self._keep_branch(self.tally.wall_s + time.perf_counter() - clock)
             saved = not reason and (last or self.step % self.config.train.checkpoint_every == 0)
             if saved:
                 clock = self._save(clock)
@@ -176,16 +179,16 @@ class Trainer:
         return self.step * self.config.train.batch_tokens
 
     def _restore(self) -> None:
-        state = load_checkpoint(self.run_dir, self.config)
+        mapped = self.shared.mode == "fsdp"
+        state = load_checkpoint(self.run_dir, self.config, mapped=mapped)
         if state is None and self.trunk is not None:
             check_corpus(self.trunk, self.corpus)
-            state = load_branch(self.trunk, self.config)
+            state = load_branch(self.trunk, self.config, mapped=mapped)
             if self.ranks.is_main:
                 self.guard()
                 copy_metrics(self.trunk, self.run_dir, state["step"])
         if state is not None:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.shared.load(state, self.optimizer)
             self.step, self.tally = state["step"], Tally(**state["tally"])
         if self.ranks.is_main:
             cut_metrics(self.metrics_path, self.step)
@@ -198,17 +201,21 @@ class Trainer:
         if tally.running_loss is not None and tally.lowest_loss is not None:
             is_good = tally.running_loss <= _GOOD_FACTOR * tally.lowest_loss
             tally.good_step = self.step if is_good else tally.good_step
+        state = self._state()
         if self.ranks.is_main:
             self.guard()
-            save_checkpoint(self.run_dir, self.step, self.config, self._state(), tally.good_step)
+            save_checkpoint(self.run_dir, self.step, self.config, state, tally.good_step)
         return now
 
+    def _keep_branch(self, seconds: float) -> None:
+        state = self._state()
+        if self.ranks.is_main:
+            self.guard()
+            save_branch(self.run_dir, self.step, self.config, state, seconds)
+
     def _state(self) -> dict[str, Any]:
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "tally": asdict(self.tally),
-        }
+        """What a checkpoint holds, on rank 0; all ranks call it, since each may have a share of the model."""
+        return {**self.shared.state(self.optimizer), "tally": asdict(self.tally)}
 
     def train_step(self) -> tuple[float, float]:
         """One optimizer step. Returns the language-model loss in nats per token and the gradient norm before clipping."""
@@ -219,46 +226,47 @@ class Trainer:
         batch = self.loader.batch(self.step)
         rank, n_ranks = self.ranks.rank, self.ranks.world_size
         parts = [self._to_device(part) for part in micro_batches(batch, self.executed, rank, n_ranks)]
-        ahead = self._statistics_ahead(parts)
+        passes = self.shared.passes(parts, most_micro_batches(self.executed, n_ranks))
+        ahead = self._statistics_ahead(passes)
         self.optimizer.zero_grad(set_to_none=True)
         sums = StepSums()
-        for part in parts:
-            self._backward(part, ahead, sums)
-        self.ranks.average_gradients(self.model.parameters())
+        for i, (part, counts) in enumerate(passes):
+            with self.shared.accumulating(i + 1 < len(passes)):
+                self._backward(part, ahead, sums, counts)
         (sums.loss,) = self.ranks.sum([sums.loss], self.device) if n_ranks > 1 else (sums.loss,)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip_norm)
+        norm = self.shared.clip_gradients(config.optim.clip_norm)
         # A step along a gradient that is not finite would destroy the weights of a run whose divergence is a result.
-        if math.isfinite(float(norm)):
+        if math.isfinite(norm):
             self.optimizer.step()
         self._account(sums)
-        return sums.loss / config.train.batch_tokens, float(norm)
+        return sums.loss / config.train.batch_tokens, norm
 
-    def _to_device(self, part: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _to_device(self, part: Part) -> Part:
         tokens_T, targets_T, cu_seqlens, position_T = (x.to(self.device, non_blocking=True) for x in part)
         return tokens_T, targets_T, cu_seqlens, uniform_draws(self.config.seed, self.step, position_T)
 
-    def _statistics_ahead(self, parts: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> RateStatistics | None:
+    def _statistics_ahead(self, passes: list[tuple[Part, bool]]) -> RateStatistics | None:
         """F and G of the whole batch, before any gradient: with several micro-batches the encoder runs once more for it."""
         if most_micro_batches(self.executed, self.ranks.world_size) == 1 or not self._has_ratio_loss:
             return None
         with self.autocast:
-            found = [self.model.detect(tokens_T, cu, draws_T) for tokens_T, _, cu, draws_T in parts]
+            of_all = [self.model.detect(tokens_T, cu, draws_T) for (tokens_T, _, cu, draws_T), _ in passes]
+        found = [detected for detected, (_, counts) in zip(of_all, passes) if counts]
         n_boundaries = sum(detected.decision_T.sum() for detected in found)
         prob_sum = torch.stack([detected.prob_T.sum() for detected in found]).sum()
-        return global_statistics(n_boundaries, prob_sum, sum(tokens_T.numel() for tokens_T, *_ in parts))
+        return global_statistics(n_boundaries, prob_sum, sum(detected.prob_T.numel() for detected in found))
 
     @property
     def _has_ratio_loss(self) -> bool:
         boundary = self.config.model.boundary
         return boundary is not None and boundary.detector == "learned" and boundary.ratio_loss_weight > 0
 
-    def _backward(
-        self, part: tuple[Tensor, Tensor, Tensor, Tensor], ahead: RateStatistics | None, sums: StepSums
-    ) -> None:
+    def _backward(self, part: Part, ahead: RateStatistics | None, sums: StepSums, counts: bool) -> None:
+        """Add the gradients of a micro-batch, and its sums; zeros where it does not count."""
         tokens_T, targets_T, cu_seqlens, draws_T = part
         n_tokens = self.config.train.batch_tokens
         with self.autocast:
-            out = self.model(
+            out = self.shared(
                 tokens_T,
                 cu_seqlens=cu_seqlens,
                 draws=draws_T,
@@ -277,6 +285,9 @@ class Trainer:
             else:
                 statistics = ahead.through(prob_sum)
             objective = objective + boundary.ratio_loss_weight * ratio_loss(statistics, boundary.compression_ratio)
+        if not counts:
+            (0.0 * objective).backward()
+            return
         objective.backward()
         sums.loss += float(loss_sum.detach())
         sums.concepts += out.n_concepts

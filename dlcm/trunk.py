@@ -46,8 +46,8 @@ def save_branch(run_dir: Path, step: int, config: RunConfig, state: Mapping[str,
     write_atomic(branch_path(run_dir, step), buffer.getvalue())
 
 
-def load_branch(trunk_dir: Path, config: RunConfig) -> dict[str, Any]:
-    """The state that a run of this config begins its decay from, as a checkpoint of it.
+def load_branch(trunk_dir: Path, config: RunConfig, *, mapped: bool = False) -> dict[str, Any]:
+    """The state that a run of this config begins its decay from, as a checkpoint of it; `mapped` as for `load_checkpoint`.
 
     Raises:
         UserError: not kept, damaged, or of a run that is not the same up to there.
@@ -56,7 +56,7 @@ def load_branch(trunk_dir: Path, config: RunConfig) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{path}: not there; the longer run has not kept its state at this step")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many types for a damaged file
         raise UserError(f"{path}: damaged ({type(error).__name__}); delete it, and the run is trained alone") from None
     if state.get("schema") != SCHEMA_VERSION or state.get("trunk") != config.trunk:

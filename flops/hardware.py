@@ -12,11 +12,13 @@ twice as large. fp32 peaks are those of the ordinary cores, because PyTorch does
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dlcm.config import RunConfig
 from dlcm.errors import UserError, nearest
+from dlcm.parallel import choose_mode
 from flops.calibration import Calibration
-from flops.count import FlopCount
+from flops.count import FlopCount, parameters
 from flops.memory import Memory, largest_micro_batch, memory
 
 # Reported for large models: 38-43 % for 405B parameters on up to 16,384 H100 (Llama 3, arXiv 2407.21783, table 4), 46 % for PaLM
@@ -25,6 +27,8 @@ DEFAULT_MFU = 0.35
 # Smaller models reach a fraction of it: their matrix products are too small for the device.
 DEFAULT_MFU_FROM_PARAMETERS = 1e8
 _CONTROLLED = ("learned", "cosine", "random")
+# What activation checkpointing computes twice.
+_BLOCKS = ("encoder", "backbone", "cross_attention", "decoder")
 
 
 @dataclass(frozen=True)
@@ -229,8 +233,9 @@ class Estimate:
 def computed_flops(config: RunConfig, flops: FlopCount) -> tuple[float, float]:
     """FLOPs that a run computes: in training, and in validation at its end.
 
-    Training is 3 x forward, and once more the encoder and the boundaries where several micro-batches share a ratio loss, whose
-    statistics are those of the whole batch (`dlcm.train`). Validation is one forward pass over its tokens, and two passes of
+    Training is 3 x forward; once more the blocks (a third on top, at most) where they recompute their activations; and once more
+    the encoder and the boundaries where several micro-batches share a ratio loss, whose statistics are those of the whole batch
+    (`dlcm.train`). Validation is one forward pass over its tokens, and two passes of
     encoder and boundaries where a threshold is calibrated.
 
     Args:
@@ -243,21 +248,44 @@ def computed_flops(config: RunConfig, flops: FlopCount) -> tuple[float, float]:
     has_loss = boundary is not None and boundary.detector == "learned" and boundary.ratio_loss_weight > 0
     controlled = boundary is not None and boundary.control == "bias" and boundary.detector in _CONTROLLED
     per_token = flops.training_per_token + (detect if split and has_loss else 0.0)
+    if train.activation_checkpointing:
+        per_token += sum(flops.components[name] for name in _BLOCKS) / flops.n_tokens
     validation_tokens = max(1, config.data.validation_tokens // seq_len) * seq_len
     validation = validation_tokens * (flops.forward_per_token + (2 * detect if controlled else 0.0))
     return per_token * config.tokens, validation
 
 
-def run_memory(config: RunConfig, device_type: str) -> Memory:
-    """Bytes that a run takes on one device of this type (`cuda`, `cpu`)."""
-    micro = config.train.micro_batch_tokens or config.train.batch_tokens
-    return memory(config.model, micro, bf16=config.train.is_bf16(device_type), gpu=device_type == "cuda")
+def run_memory(config: RunConfig, device_type: str, n_ranks: int = 1, memory_bytes: float | None = None) -> Memory:
+    """Bytes that a run takes on each of its devices.
+
+    Args:
+        config: the run.
+        device_type: `cuda` or `cpu`.
+        n_ranks: its processes; each takes its share of a batch, and of the model where they share that (`train.parallel`).
+        memory_bytes: of one device; `train.parallel: auto` goes by it. None where not known.
+    """
+    options = _memory_options(config, device_type, n_ranks, memory_bytes)
+    micro = min(config.train.micro_batch_tokens or config.train.batch_tokens, options.pop("most_tokens"))
+    return memory(config.model, micro, **options)
+
+
+def _memory_options(config: RunConfig, device_type: str, n_ranks: int, memory_bytes: float | None) -> dict[str, Any]:
+    mode = choose_mode(config.train.parallel, n_ranks, parameters(config.model).total, memory_bytes)
+    seq_len = config.data.seq_len
+    return {
+        "bf16": config.train.is_bf16(device_type),
+        "gpu": device_type == "cuda",
+        "checkpointing": config.train.activation_checkpointing,
+        "n_sharing": n_ranks if mode == "fsdp" else 1,
+        "most_tokens": -(-config.train.batch_tokens // (seq_len * n_ranks)) * seq_len,
+    }
 
 
 def estimate(config: RunConfig, flops: FlopCount, hardware: Hardware, *, needed: Memory | None = None) -> Estimate:
     """What a run takes on this hardware.
 
-    Several devices are taken to share a batch without loss: hours fall as 1 / devices, the memory of each stays.
+    Several devices are taken to share a batch without loss: hours fall as 1 / devices. Each takes its share of the batch, and has
+    the whole model, or its share of it, as `train.parallel` says.
 
     Args:
         config: the run.
@@ -275,7 +303,7 @@ def estimate(config: RunConfig, flops: FlopCount, hardware: Hardware, *, needed:
     rate = efficiency.mfu * device.peak(bf16) * hardware.n_devices
     hours = (training + validation) / rate / 3600
     device_hours = hours * hardware.n_devices
-    needed = needed or run_memory(config, device.device_type)
+    needed = needed or run_memory(config, device.device_type, hardware.n_devices, _card_memory(device))
     fits = needed.total <= device.memory_bytes
     return Estimate(
         hours=hours,
@@ -284,7 +312,7 @@ def estimate(config: RunConfig, flops: FlopCount, hardware: Hardware, *, needed:
         memory=needed,
         fits=fits,
         micro_batch_tokens=train.micro_batch_tokens or train.batch_tokens,
-        largest_micro_batch=None if fits else fitting_micro_batch(config, device),
+        largest_micro_batch=None if fits else fitting_micro_batch(config, device, hardware.n_devices),
         price=None if hardware.price_per_hour is None else device_hours * hardware.price_per_hour,
         energy_kwh=None if device.power_w is None else device_hours * device.power_w * hardware.pue / 1000,
         mfu=efficiency.mfu,
@@ -293,13 +321,14 @@ def estimate(config: RunConfig, flops: FlopCount, hardware: Hardware, *, needed:
     )
 
 
-def fitting_micro_batch(config: RunConfig, device: Accelerator) -> int | None:
-    """The largest micro-batch of a run that fits a device, in tokens; None where not one window fits."""
+def fitting_micro_batch(config: RunConfig, device: Accelerator, n_ranks: int = 1) -> int | None:
+    """The largest micro-batch of a run that fits its devices, in tokens; None where not one window fits."""
+    options = _memory_options(config, device.device_type, n_ranks, _card_memory(device))
     return largest_micro_batch(
-        config.model,
-        config.train.batch_tokens,
-        config.data.seq_len,
-        device.memory_bytes,
-        bf16=config.train.is_bf16(device.device_type),
-        gpu=device.is_gpu,
+        config.model, config.train.batch_tokens, config.data.seq_len, device.memory_bytes, **options
     )
+
+
+def _card_memory(device: Accelerator) -> float | None:
+    """What `train.parallel: auto` goes by: the memory of a GPU; the ranks of a CPU share one."""
+    return device.memory_bytes if device.is_gpu else None

@@ -6,6 +6,12 @@ long as the backward pass needs it. Activations are what autograd keeps between 
 operation as the model runs them. Cross-entropy (`dlcm.loss`) holds the logits of some rows at a time, and the gradient of the
 unembedding from the forward pass on (`head`).
 
+With activation checkpointing a block keeps its input; what the largest one computes again, with its casts, takes the place of
+what cross-entropy held while it worked (`recomputation` is what it takes beyond that). Ranks that replicate a model (DDP) take
+what one device alone does. Those that share it (FSDP) have a share of weights, gradients and moments, and beside it, whole, what
+is at work (`gathered`): weights and gradients outside of blocks, and twice those of the largest block, with the buffers that they
+travel in. Casts are not shared: autograd keeps them.
+
 Checked on a CPU (`tests/flops/test_memory.py`): activations and casts are what autograd saves, to the byte, at 14 shapes in fp32
 and in bf16; the total is 0.94 to 1.09 of the allocator's peak of a real step at 16. With one micro-batch it errs on the high
 side, by 4 bytes a parameter at most: gradients come as activations go. The rest is the mask of token-to-concept attention.
@@ -22,6 +28,7 @@ Symbols: T tokens of a micro-batch, M = T / R concepts, W and C widths, h query 
 the SwiGLU, V vocabulary, S scan width; b bytes of a number under autocast: 2 in bf16, 4 in fp32.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -47,6 +54,8 @@ class Memory:
         activations: kept for the backward pass of one micro-batch, by component of the model.
         head: what cross-entropy holds whatever the micro-batch is.
         evaluation: the largest forward pass of validation, which keeps no activations but may have more tokens.
+        recomputation: what the largest block computes again, beyond what cross-entropy has given back; 0 where none does.
+        gathered: weights and gradients that are whole for a while, where ranks share them; 0 elsewhere.
     """
 
     weights: int
@@ -56,6 +65,8 @@ class Memory:
     activations: Mapping[str, float]
     head: float
     evaluation: float
+    recomputation: float = 0.0
+    gathered: float = 0.0
 
     @property
     def states(self) -> int:
@@ -70,7 +81,8 @@ class Memory:
     @property
     def total(self) -> float:
         """The larger of training and validation."""
-        return self.states + self.casts + max(self.activations_total + self.head, self.evaluation)
+        at_work = self.activations_total + self.head + self.recomputation
+        return self.states + self.gathered + self.casts + max(at_work, self.evaluation)
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,8 @@ def memory(
     gpu: bool,
     n_concepts: float | None = None,
     evaluation_tokens: int = VALIDATION_BATCH_TOKENS,
+    checkpointing: bool = False,
+    n_sharing: int = 1,
 ) -> Memory:
     """Bytes that training `config` takes on one device.
 
@@ -117,16 +131,27 @@ def memory(
         gpu: whether the device is a GPU.
         n_concepts: M; T over the target R by default.
         evaluation_tokens: tokens of one forward pass of validation.
+        checkpointing: whether blocks recompute their activations.
+        n_sharing: ranks that share weights, gradients and moments; 1 where each has them all.
     """
-    n = parameters(config).total
+    n = math.ceil(parameters(config).total / n_sharing)
     rules = _Rules(bf16, gpu)
     n_concepts = micro_batch_tokens / config.compression_target if n_concepts is None else n_concepts
+    activations = _activations(config, rules, micro_batch_tokens, n_concepts)
+    casts, recomputation = 2 * _matrix_parameters(config) if bf16 else 0, 0.0
+    if checkpointing:
+        activations = _without_blocks(config, rules, micro_batch_tokens, n_concepts, activations)
+        casts = 2 * _bridge_parameters(config) if bf16 else 0
+        largest = _largest_block(config, rules, micro_batch_tokens, n_concepts)
+        recomputation = max(largest - _head(config, rules, micro_batch_tokens), 0.0)
     return Memory(
         weights=WEIGHT_BYTES * n,
         gradients=GRADIENT_BYTES * n,
         optimizer=OPTIMIZER_BYTES * n,
-        casts=2 * _matrix_parameters(config) if bf16 else 0,
-        activations=_activations(config, rules, micro_batch_tokens, n_concepts),
+        casts=casts,
+        activations=activations,
+        recomputation=recomputation,
+        gathered=_gathered(config) if n_sharing > 1 else 0.0,
         head=_head(config, rules, micro_batch_tokens) + 4 * config.vocab_size * config.d_token,
         evaluation=evaluation_tokens * _token_block(config, rules) + _head(config, rules, evaluation_tokens),
     )
@@ -152,6 +177,48 @@ def _activations(config: ModelConfig, rules: _Rules, n_tokens: float, n_concepts
         "decoder": n_tokens * c.n_decoder_layers * _token_block(c, rules),
     }
     return parts
+
+
+def _without_blocks(
+    c: ModelConfig, rules: _Rules, n_tokens: float, n_concepts: float, whole: Mapping[str, float]
+) -> Mapping[str, float]:
+    """Activations where a block keeps its input alone: an fp32 row of a token, a row of a concept in the dtype of W_up."""
+    parts = {**whole, "encoder": 4.0 * n_tokens * c.n_encoder_layers * c.d_token}
+    if c.is_dense:
+        return parts
+    backbone = c.n_concept_layers * _block(
+        c.d_concept, c.n_heads_concept, c.n_kv_heads_concept, c.d_head, c.d_ff_concept, rules, True
+    )
+    parts["backbone"] += n_concepts * (c.n_concept_layers * rules.b * c.d_concept - backbone)
+    # All cross-attentions read the same concepts, smoothed in fp32, and know the tokens of first segments.
+    narrow = c.smoothing == "none" and not rules.gpu
+    parts["cross_attention"] = n_concepts * (rules.b if narrow else 4) * c.d_concept + n_tokens
+    parts["decoder"] = 4.0 * n_tokens * c.n_decoder_layers * c.d_token
+    return parts
+
+
+def _largest_block(c: ModelConfig, rules: _Rules, n_tokens: float, n_concepts: float) -> float:
+    """Activations and casts of the block that has most of them."""
+    cast = 2 if rules.bf16 else 0
+    token = n_tokens * _token_block(c, rules) + cast * _token_matrices(c)
+    if c.is_dense:
+        return token
+    heads = c.n_heads_concept, c.n_kv_heads_concept, c.d_head, c.d_ff_concept
+    concept = n_concepts * _block(c.d_concept, *heads, rules, True) + cast * _concept_matrices(c)
+    cross = _cross(c, rules, n_tokens, n_concepts) / c.n_cross_attentions + cast * _cross_matrices(c)
+    return max(token + cross, concept)
+
+
+def _gathered(c: ModelConfig) -> float:
+    """Whole weights and gradients where they are shared: of what is in no block, and of two blocks, or one and its buffers."""
+    found, n_token = parameters(c).components, c.n_encoder_layers + c.n_decoder_layers
+    token, blocks = (found["encoder"] + found["decoder"]) // n_token, found["encoder"] + found["decoder"]
+    largest = token
+    if not c.is_dense:
+        largest = max(token + found["cross_attention"] // c.n_cross_attentions, found["backbone"] // c.n_concept_layers)
+        blocks += found["cross_attention"] + found["backbone"]
+    outside = parameters(c).total - blocks
+    return (WEIGHT_BYTES + GRADIENT_BYTES) * (outside + 2 * largest)
 
 
 def _token_block(c: ModelConfig, rules: _Rules) -> float:
@@ -232,25 +299,64 @@ def _matrix_parameters(c: ModelConfig) -> int:
 
     The boundary's are computed in fp32, and that of the unembedding lives inside of cross-entropy.
     """
-
-    def layer(d: int, h: int, g: int, f: int) -> int:
-        return d * c.d_head * (2 * h + 2 * g) + 3 * d * f
-
-    token = layer(c.d_token, c.n_heads_token, c.n_kv_heads_token, c.d_ff_token)
-    n = (c.n_encoder_layers + c.n_decoder_layers) * token
+    n = (c.n_encoder_layers + c.n_decoder_layers) * _token_matrices(c)
     if c.is_dense:
         return n
-    n += c.n_concept_layers * layer(c.d_concept, c.n_heads_concept, c.n_kv_heads_concept, c.d_ff_concept)
-    cross = 2 * c.d_head * (c.n_heads_token * c.d_token + c.n_kv_heads_token * c.d_concept)
-    return n + c.n_cross_attentions * cross + c.d_token * c.d_concept + (c.d_concept if c.pooling == "mean" else 0)
+    n += c.n_concept_layers * _concept_matrices(c) + c.n_cross_attentions * _cross_matrices(c)
+    return n + _bridge_parameters(c)
+
+
+def _layer_matrices(d: int, h: int, g: int, a: int, f: int) -> int:
+    return d * a * (2 * h + 2 * g) + 3 * d * f
+
+
+def _token_matrices(c: ModelConfig) -> int:
+    return _layer_matrices(c.d_token, c.n_heads_token, c.n_kv_heads_token, c.d_head, c.d_ff_token)
+
+
+def _concept_matrices(c: ModelConfig) -> int:
+    return _layer_matrices(c.d_concept, c.n_heads_concept, c.n_kv_heads_concept, c.d_head, c.d_ff_concept)
+
+
+def _cross_matrices(c: ModelConfig) -> int:
+    return 2 * c.d_head * (c.n_heads_token * c.d_token + c.n_kv_heads_token * c.d_concept)
+
+
+def _bridge_parameters(c: ModelConfig) -> int:
+    """W_up and the null concept, which lie in no block."""
+    return c.d_token * c.d_concept + (c.d_concept if not c.is_dense and c.pooling == "mean" else 0)
 
 
 def largest_micro_batch(
-    config: ModelConfig, batch_tokens: int, seq_len: int, room_bytes: float, *, bf16: bool, gpu: bool
+    config: ModelConfig,
+    batch_tokens: int,
+    seq_len: int,
+    room_bytes: float,
+    *,
+    bf16: bool,
+    gpu: bool,
+    checkpointing: bool = False,
+    n_sharing: int = 1,
+    most_tokens: float = math.inf,
 ) -> int | None:
-    """The most tokens of one forward pass, whole windows that divide the batch, that fit `room_bytes`; None if no window does."""
+    """The most tokens of one forward pass, whole windows that divide the batch, that fit `room_bytes`; None if no window does.
+
+    Args:
+        config: the architecture.
+        batch_tokens: tokens of a step, over all ranks.
+        seq_len: of one window.
+        room_bytes: of a device.
+        bf16: as for `memory`, and so are `gpu`, `checkpointing` and `n_sharing`.
+        gpu: whether the device is one.
+        checkpointing: whether blocks recompute.
+        n_sharing: ranks that share the states.
+        most_tokens: the share of a rank, which no forward pass of it exceeds.
+    """
     n_windows = batch_tokens // seq_len
+
+    def total(n: int) -> float:
+        tokens = int(min(n * seq_len, most_tokens))
+        return memory(config, tokens, bf16=bf16, gpu=gpu, checkpointing=checkpointing, n_sharing=n_sharing).total
+
     divisors = (n for n in range(n_windows, 0, -1) if n_windows % n == 0)
-    return next(
-        (n * seq_len for n in divisors if memory(config, n * seq_len, bf16=bf16, gpu=gpu).total <= room_bytes), None
-    )
+    return next((n * seq_len for n in divisors if total(n) <= room_bytes), None)

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dlcm.config import Frozen, RunConfig
+from dlcm.data_config import SourceConfig
 from dlcm.errors import UserError, nearest
-from dlcm.source_config import SourceConfig
 
 if TYPE_CHECKING:
     from sweeps.spec import Axes

@@ -106,7 +106,7 @@ def hardware_of(sweep: "Sweep", overrides: Overrides | None = None) -> tuple[Har
             and not calibrated.
     """
     cluster, given = sweep.cluster, overrides or Overrides()
-    gpus = cluster.gpus if given.gpus is None else given.gpus
+    gpus = cluster.gpus * cluster.nodes if given.gpus is None else given.gpus
     if gpus < 0 or (given.gpus == 0 and given.accelerator not in (None, "cpu")):
         raise UserError(f"--gpus {gpus} leaves no device to run on; give 1 or more")
     try:
@@ -122,7 +122,7 @@ def hardware_of(sweep: "Sweep", overrides: Overrides | None = None) -> tuple[Har
     calibration, note = cpu_calibration(cluster.threads)
     notes = (note,) if note else ()
     if calibration is not None:
-        return Hardware(calibrated_cpu(calibration), 1, mfu, price, calibration), notes
+        return Hardware(calibrated_cpu(calibration), cluster.n_ranks, mfu, price, calibration), notes
     threads = f"{cluster.threads} thread{'s' * (cluster.threads != 1)}"
     way_out = f"`dlcm flops calibrate {sweep.source or 'SWEEP.yaml'}` measures it in half a minute"
     absent = f"no time estimate: this CPU was not calibrated with {threads}; {way_out}, or --accelerator names a GPU"
@@ -146,14 +146,16 @@ def cost_plan(plan: "Plan", hardware: Hardware | None, notes: Sequence[str] = ()
         return PlanCosts(None, notes=tuple(notes))
     device_type = hardware.accelerator.device_type
     # Runs that differ in seed, rate or length take the same memory.
-    memories: dict[tuple[ModelConfig, int, str], Memory] = {}
+    memories: dict[tuple[Any, ...], Memory] = {}
     estimates = []
     for run in plan.runs:
         train = run.config.train
-        key = (run.config.model, train.micro_batch_tokens or train.batch_tokens, train.precision)
+        batch = (train.batch_tokens, train.micro_batch_tokens, run.config.data.seq_len)
+        key = (run.config.model, batch, train.precision, train.parallel, train.activation_checkpointing)
         needed = memories.get(key)
         if needed is None:
-            needed = memories[key] = run_memory(run.config, device_type)
+            memory_bytes = hardware.accelerator.memory_bytes if device_type == "cuda" else None
+            needed = memories[key] = run_memory(run.config, device_type, hardware.n_devices, memory_bytes)
         estimates.append(estimate(_own_part(run), run.flops, hardware, needed=needed))
     warnings = tuple(_warnings(plan, hardware, estimates))
     return PlanCosts(hardware, tuple(estimates), tuple(notes), warnings)

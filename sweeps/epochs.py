@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from dlcm.config import DataConfig
 from dlcm.corpus import open_source
+from dlcm.data_config import BLOCK_WINDOWS
 from dlcm.errors import UserError
 from dlcm.mixture import alone, apportion, mixture_tokens
 from dlcm.shards import cached_tokens
-from dlcm.source_config import BLOCK_WINDOWS
 from dlcm.tokens import parse_tokenizer
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ class Group:
         run_ids: longest first.
         n_tasks: tasks that work on them.
         minutes: time limit of a task.
-        memory_bytes: memory of a task; None leaves it to the cluster.
+        memory_bytes: memory of a task on each of its nodes; None leaves it to the cluster.
     """
 
     run_ids: tuple[str, ...]
@@ -85,5 +85,6 @@ def _memory(runs: Sequence[StoredRun], config: ClusterConfig) -> int | None:
     found = [float(run.row.get("memory_estimated") or math.nan) for run in runs]
     if any(math.isnan(x) for x in found):
         return None
-    # Runs on a GPU hold their tensors there; the host keeps one copy of the weights for checkpoints at most.
-    return int((MEMORY_MARGIN * max(found) + PROCESS_BYTES) * config.runs_at_once)
+    # Runs on a GPU hold their tensors there; the host has the weights as they are built, and rank 0 what a checkpoint holds.
+    # A scheduler's limit is that of a node: of all ranks there.
+    return int((MEMORY_MARGIN * max(found) + PROCESS_BYTES) * config.runs_at_once * config.n_ranks_per_node)

@@ -30,8 +30,9 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from dlcm.config import Frozen, ModelConfig, PositiveInt, Share
+from dlcm.config import Frozen, ModelConfig
 from dlcm.errors import UserError
+from dlcm.frozen import PositiveInt, Share
 from flops import ops
 
 Array = np.ndarray

@@ -1,5 +1,6 @@
 """One run on several processes gives what one process gives, up to rounding. Run as a script, this file is one of the ranks."""
 
+import functools
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dlcm import sharing
 from dlcm.config import RunConfig
 from dlcm.distributed import first_host, joined, rendezvous
 from dlcm.errors import UserError
@@ -58,12 +60,13 @@ def config_of(folder, kind="dlcm", windows=5, **train_options):
     )
 
 
-def start(n_ranks, config, run_dir, *, stop_at=None):
-    """Ranks as torchrun starts them; their exit codes and what they said."""
+def start(n_ranks, config, run_dir, *, stop_at=None, kill_at=None, mode=None, keep=()):
+    """Ranks as torchrun starts them; their exit codes and what they said. `mode` shares the model otherwise than the config."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    payload = json.dumps({"config": config.model_dump(mode="json"), "run_dir": str(run_dir), "stop_at": stop_at})
+    told = {"stop_at": stop_at, "kill_at": kill_at, "mode": mode, "keep": list(keep)}
+    payload = json.dumps({"config": config.model_dump(mode="json"), "run_dir": str(run_dir), **told})
     processes = []
     for rank in range(n_ranks):
         ranks = {
@@ -85,14 +88,21 @@ def start(n_ranks, config, run_dir, *, stop_at=None):
 def rank_main(payload):
     """What one rank does: train, and end with 3 where it was told to stop, with 2 on an error that a person can mend."""
     torch.set_num_threads(1)
+    # The default backend would take most of the time of a test.
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    if payload["mode"] is not None:
+        sharing.choose_mode = lambda *_: payload["mode"]
 
     def follow(progress):
+        if payload["kill_at"] == progress.step:
+            os._exit(9)
         if payload["stop_at"] == progress.step:
             raise StopTraining("enough")
 
     with joined() as ranks:
         try:
-            result = train(RunConfig.model_validate(payload["config"]), payload["run_dir"], on_step=follow)
+            config = RunConfig.model_validate(payload["config"])
+            result = train(config, payload["run_dir"], on_step=follow, keep=payload["keep"])
         except StopTraining:
             return 3
         except UserError as error:

@@ -17,12 +17,12 @@ import yaml
 from dlcm import mixture as mixtures
 from dlcm.checkpoint import checkpoint_paths
 from dlcm.config import DataConfig, RunConfig
+from dlcm.data_config import BLOCK_WINDOWS
 from dlcm.errors import UserError, parse
 from dlcm.micro_batch import micro_batches
 from dlcm.mixture import STREAM_POSITIONS, MixedSplit, apportion, blend, open_mixture
 from dlcm.record import read_json, read_metrics
 from dlcm.shards import Split, open_corpus
-from dlcm.source_config import BLOCK_WINDOWS
 from dlcm.tasks import corpus_task
 from dlcm.train import train
 from dlcm.trainer import Trainer

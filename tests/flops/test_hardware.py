@@ -9,7 +9,7 @@ import pytest
 from dlcm.config import BoundaryConfig, ModelConfig, RunConfig
 from dlcm.errors import UserError
 from dlcm.record import append_metrics, write_json
-from flops import count
+from flops import count, parameters
 from flops.calibration import (
     Calibration,
     Point,
@@ -29,7 +29,9 @@ from flops.hardware import (
     computed_flops,
     estimate,
     recognise,
+    run_memory,
 )
+from flops.memory import memory
 from flops.speed import format_speed, run_speed
 
 DENSE = {"kind": "dense", "vocab_size": 100, "d_token": 8, "n_encoder_layers": 1, "d_head": 4, "n_heads_token": 2}
@@ -88,7 +90,30 @@ def test_devices_divide_hours_and_leave_device_hours():
     assert four.hours == pytest.approx(one.hours / 4)
     assert four.device_hours == pytest.approx(one.device_hours)
     assert four.energy_kwh == pytest.approx(one.energy_kwh)
-    assert four.memory == one.memory
+    assert four.memory.states == one.memory.states
+
+
+def test_a_rank_has_its_share_of_the_batch_and_of_a_model_too_large_to_be_replicated():
+    config = run(DENSE, batch=512)  # 8 windows of 64 tokens
+    n = parameters(config.model).total
+    whole = run_memory(config, "cuda", 3, 16 * n / 0.6)
+    assert whole == memory(config.model, 3 * 64, bf16=True, gpu=True)
+    shared = run_memory(config, "cuda", 3, 16 * n / 0.6 - 1)
+    assert shared == memory(config.model, 3 * 64, bf16=True, gpu=True, n_sharing=3)
+    assert run_memory(run(DENSE, batch=512, micro=64), "cuda", 3).activations == pytest.approx(
+        memory(config.model, 64, bf16=True, gpu=True).activations
+    )
+
+
+def test_recomputation_computes_the_blocks_once_more():
+    config = run(DLCM)
+    again = config.model_copy(update={"train": config.train.model_copy(update={"activation_checkpointing": True})})
+    flops = count(config.model, 64)
+    blocks = sum(flops.components[name] for name in ("encoder", "backbone", "cross_attention", "decoder"))
+    more = computed_flops(again, flops)[0] - computed_flops(config, flops)[0]
+    assert more == pytest.approx(1024 / 64 * blocks)
+    assert 1 < computed_flops(again, flops)[0] / computed_flops(config, flops)[0] < 4 / 3
+    assert run_memory(again, "cuda") == memory(config.model, 128, bf16=True, gpu=True, checkpointing=True)
 
 
 def test_fp32_on_a_gpu_is_judged_by_its_fp32_peak():

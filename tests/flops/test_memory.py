@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as recompute_checkpoint
 
-from dlcm import validation
+from dlcm import recompute, validation
 from dlcm.boundary import uniform_draws
 from dlcm.config import BoundaryConfig, ModelConfig, RunConfig
 from dlcm.model import build_model
@@ -15,6 +16,7 @@ from dlcm.optim import build_optimizer
 from dlcm.train import step_seconds
 from flops.calibrate import synthetic_corpus
 from flops.memory import VALIDATION_BATCH_TOKENS, largest_micro_batch, memory
+from sweeps.shapes import dlcm_shape
 
 DENSE = {"kind": "dense", "vocab_size": 90, "d_token": 32, "n_encoder_layers": 2, "d_head": 16, "n_heads_token": 2}
 DENSE |= {"d_ff_token": 56}
@@ -70,8 +72,14 @@ class CudaNorm(torch.autograd.Function):
         return torch.zeros_like(ctx.saved_tensors[0]), None, None
 
 
-def saved_bytes(config: ModelConfig, n_tokens: int, bf16: bool) -> tuple[int, int]:
-    """Bytes of the distinct tensors that autograd keeps of one forward pass with its losses, without the parameters; and M."""
+def saved_bytes(
+    config: ModelConfig, n_tokens: int, bf16: bool, monkeypatch: pytest.MonkeyPatch | None = None
+) -> tuple[int, int]:
+    """Bytes of the distinct tensors that autograd keeps of one forward pass with its losses, without the parameters; and M.
+
+    With a patch for it, blocks recompute their activations: what autograd does not see, because blocks are called again with
+    it, is then counted as well.
+    """
     model = build_model(config).train()
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
@@ -82,6 +90,16 @@ def saved_bytes(config: ModelConfig, n_tokens: int, bf16: bool) -> tuple[int, in
             kept[storage.data_ptr()] = storage
         return x
 
+    if monkeypatch is not None:
+
+        def checkpoint(function, x, *others, **options):
+            for tensor in (x for other in others if other is not None for x in vars(other).values()):
+                if isinstance(tensor, torch.Tensor):
+                    pack(tensor)
+            return recompute_checkpoint(function, x, *others, **options)
+
+        monkeypatch.setattr(recompute, "checkpoint", checkpoint)
+        recompute.recompute_blocks(model.blocks())
     generator = torch.Generator().manual_seed(0)
     tokens, targets = (torch.randint(0, config.vocab_size, (n_tokens,), generator=generator) for _ in range(2))
     starts = torch.tensor([0, n_tokens // 5, n_tokens // 2, n_tokens])
@@ -118,6 +136,29 @@ def test_the_rules_of_a_gpu_give_what_autograd_saves_with_its_norms(name, bf16, 
     assert found.activations_total + found.casts + 4 * config.vocab_size * config.d_token == saved
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_with_checkpointing_activations_are_what_autograd_and_the_blocks_arguments_keep_to_the_byte(
+    name, bf16, monkeypatch
+):
+    config = ModelConfig(**SHAPES[name])
+    saved, n_concepts = saved_bytes(config, 160, bf16, monkeypatch)
+    found = memory(config, 160, bf16=bf16, gpu=False, n_concepts=n_concepts, checkpointing=True)
+    assert found.activations_total + found.casts + 4 * config.vocab_size * config.d_token == saved
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_is_whole_under_fsdp_is_twice_the_largest_block_and_all_outside_of_blocks(name):
+    config = ModelConfig(**SHAPES[name])
+    model = build_model(config)
+    sizes = [sum(p.numel() for p in block.parameters()) for block in model.blocks()]
+    outside = sum(p.numel() for p in model.parameters()) - sum(sizes)
+    one, four = (memory(config, 64, bf16=True, gpu=True, n_sharing=n) for n in (1, 4))
+    assert (one.gathered, four.gathered) == (0, 8 * (outside + 2 * max(sizes)))
+    assert four.states == pytest.approx(one.states / 4, abs=16)
+    assert (four.casts, four.activations) == (one.casts, one.activations)
+
+
 @pytest.mark.parametrize("name", ["dense", "dlcm"])
 def test_states_are_sixteen_bytes_a_parameter(name):
     config = ModelConfig(**SHAPES[name])
@@ -147,6 +188,29 @@ def peak_bytes(config: RunConfig) -> int:
         alive += event.nbytes()
         peak = max(peak, alive)
     return peak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["dense", "dlcm"])
+def test_the_total_with_checkpointing_is_close_to_the_allocators_peak(name, precision):
+    layers = {"n_encoder_layers": 6} if name == "dense" else {"n_encoder_layers": 3, "n_decoder_layers": 3}
+    model = ModelConfig(**{**SHAPES[name], **layers, "d_token": 64, "d_ff_token": 160})
+    totals, peaks = [], []
+    for checkpointing in (False, True):
+        train = {"tokens": 10**7, "batch_tokens": 4096, "micro_batch_tokens": 1024, "precision": precision}
+        config = RunConfig(
+            model=model, data={"seq_len": 256}, train={**train, "activation_checkpointing": checkpointing}
+        )
+        found = memory(
+            model, 1024, bf16=precision == "bf16", gpu=False, evaluation_tokens=0, checkpointing=checkpointing
+        )
+        totals.append(found.total)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            peaks.append(peak_bytes(config))
+    assert peaks[1] < 0.6 * peaks[0]
+    assert 0.9 < totals[1] / peaks[1] < 1.1
 
 
 @pytest.mark.slow
@@ -199,6 +263,21 @@ def test_fewer_concepts_take_less_memory():
         totals.append(memory(config, 4096, bf16=True, gpu=True).activations_total)
     assert totals == sorted(totals, reverse=True)
     assert len(set(totals)) == 3
+
+
+def test_the_table_of_several_devices_is_that_of_the_closed_form():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    table = page.split("| parameters without embeddings | one rank |")[1].split("\n\n")[0]
+    rows = [[float(cell.strip(" B")) for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert len(rows) == 3
+    for size, *told in rows:
+        config = ModelConfig(**boundary(compression_ratio=4), vocab_size=128_000, **dlcm_shape(size * 1e9, 0.6))
+        options = [(n, checkpointing) for n in (1, 8) for checkpointing in (False, True)]
+        found = [
+            memory(config, 8192, bf16=True, gpu=True, checkpointing=checkpointing, n_sharing=n).total / 1e9
+            for n, checkpointing in options
+        ]
+        assert told == pytest.approx(found, abs=0.051)
 
 
 def test_memory_needs_no_torch():

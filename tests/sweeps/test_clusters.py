@@ -124,6 +124,8 @@ def test_memory_is_asked_for_where_it_is_given_or_estimated(tmp_path):
     found = group_runs([run], ClusterConfig(memory="auto"))[0].memory_bytes
     assert found is not None
     assert 4e9 < found < 9e9
+    four = group_runs([run], ClusterConfig(memory="auto", gpus=4, nodes=2))[0].memory_bytes
+    assert four == pytest.approx(4 * found, abs=4)  # of each node, for all of its ranks
     assert group_runs([stored(tmp_path, 1.0)], ClusterConfig(memory="auto"))[0].memory_bytes is None
 
 

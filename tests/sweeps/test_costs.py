@@ -79,6 +79,7 @@ def test_totals_are_the_sums_over_the_runs():
     [
         ({"gpus": 1}, None, "H100", 1),
         ({"gpus": 4, "accelerator": "h200"}, None, "H200", 4),
+        ({"gpus": 4, "nodes": 2}, None, "H100", 8),
         ({"gpus": 4, "accelerator": "H200"}, Overrides(accelerator="B200", gpus=2), "B200", 2),
         ({}, Overrides(accelerator="A100"), "A100", 1),
         ({}, Overrides(gpus=8), "H100", 8),

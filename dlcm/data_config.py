@@ -1,12 +1,13 @@
-"""The sources of a mixture as a config has them. No numpy, so that planning is fast."""
+"""Which text a run reads, as its config has it: a corpus, or a mixture of sources. No numpy, so that planning is fast."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import pydantic
 from pydantic import Field
 
-from dlcm.frozen import Frozen
+from dlcm.frozen import Frozen, PositiveInt
 
 # Windows in a block of the training stream, in which every source has its share of them (`dlcm.mixture`).
 BLOCK_WINDOWS = 1_024
@@ -68,3 +69,40 @@ def check_alone(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if value != defaults[name]:
             raise ValueError(f"both {name} = {value!r} and a mixture, whose sources have a {name} each; keep one")
+
+
+class DataConfig(Frozen):
+    """Which text, cut how."""
+
+    corpus: str = Field(
+        default="stdlib",
+        description="`stdlib`, `packages`, `hf:NAME`, or a path: text file, folder, .jsonl[.gz|.zst], .parquet",
+    )
+    tokenizer: str = Field(
+        default="bpe-4096", description="`bytes`, `bpe-VOCAB` (trained on the corpus), a tokenizer.json, or `hub:NAME`"
+    )
+    text_key: str = Field(default="text", description="key or column of the text in JSONL, parquet and hub data sets")
+    mixture: dict[str, SourceConfig] | None = Field(
+        default=None,
+        description="several sources in place of `corpus`, by name, each with `corpus`, `weight`, `text_key`",
+    )
+    seq_len: PositiveInt = Field(
+        default=256, description="tokens of one packed window; attention never crosses a document"
+    )
+    validation_share: float = Field(
+        default=0.05, gt=0.0, lt=1.0, description="share of documents kept for validation, by content hash"
+    )
+    validation_tokens: PositiveInt = Field(default=65_536, description="tokens of the fixed validation set, at most")
+
+    @pydantic.field_validator("mixture")
+    @classmethod
+    def _normalise(cls, sources: dict[str, SourceConfig] | None) -> dict[str, SourceConfig] | None:
+        return None if sources is None else normalised(sources)
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        if self.mixture is not None:
+            fields = type(self).model_fields
+            plain = ("corpus", "text_key")
+            check_alone({name: getattr(self, name) for name in plain}, {name: fields[name].default for name in plain})
+        return self
