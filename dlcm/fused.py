@@ -27,7 +27,7 @@ def applies(x: Tensor) -> bool:
 
 
 def rms_norm(x: Tensor, weight_W: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean square + eps) * weight over the last dimension."""
+    """Return x / sqrt(mean square + eps) * weight over the last dimension."""
     return _RMSNorm.apply(x, weight_W, eps, None, None)
 
 
@@ -59,7 +59,7 @@ class _RMSNorm(torch.autograd.Function):
         if cos_T1A is not None:
             grad = _rotate(grad, cos_T1A, sin_T1A, -1.0)
         # With y = x s w and s = (mean x^2 + eps)^(-1/2): dx = s (g w - x s^2 mean(g w x)), dw = sum over rows of g x s.
-        product = grad * x
+        product = (grad * x).contiguous()
         product_NW, scale_N = product.view(-1, x.shape[-1]), scale.flatten()
         d_weight_W = scale_N @ product_NW
         mean = (product_NW @ weight_W).mul_(scale_N.square()).mul_(-1.0 / x.shape[-1]).view_as(scale)

@@ -36,7 +36,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x over the root of its mean square, times the gain."""
+        """Return x over the root of its mean square, times the gain."""
         assert self.eps is not None
         return rms_norm(x, self.weight, self.eps) if applies(x) else super().forward(x)
 

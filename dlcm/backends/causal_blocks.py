@@ -83,7 +83,7 @@ def _accumulate(
 
 
 def _beside(x_NXLA: Tensor, n_groups: int, column_NXL: Tensor, scale: float = 1.0) -> Tensor:
-    """x times the scale with a column beside it, (Z, R, A + 1): rows of all heads of a group, position by position."""
+    """Return x times the scale with a column beside it, (Z, R, A + 1): rows of all heads of a group, position by position."""
     n, _, length, width = x_NXLA.shape
     x_NGLrA = x_NXLA.unflatten(1, (n_groups, -1)).transpose(2, 3)
     wide = x_NXLA.new_empty(n, n_groups, length, x_NGLrA.shape[3], width + 1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dlcm import validation
+from dlcm import layers, validation
 from dlcm.boundary import uniform_draws
 from dlcm.config import BoundaryConfig, ModelConfig, RunConfig
 from dlcm.model import build_model
@@ -112,6 +112,7 @@ def test_activations_are_what_autograd_saves_to_the_byte(name, bf16):
 def test_the_rules_of_a_gpu_give_what_autograd_saves_with_its_norms(name, bf16, monkeypatch):
     # No GPU is asked: the norms are replaced by what PyTorch's CUDA autocast list and fused kernel say of them.
     monkeypatch.setattr(F, "rms_norm", lambda x, _, weight, eps: CudaNorm.apply(x, weight, eps))
+    monkeypatch.setattr(layers, "applies", lambda _: False)
     config = ModelConfig(**SHAPES[name])
     saved, n_concepts = saved_bytes(config, 160, bf16)
     found = memory(config, 160, bf16=bf16, gpu=True, n_concepts=n_concepts)
