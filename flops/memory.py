@@ -7,7 +7,7 @@ operation as the model runs them. Cross-entropy (`dlcm.loss`) holds the logits o
 unembedding from the forward pass on (`head`).
 
 Checked on a CPU (`tests/flops/test_memory.py`): activations and casts are what autograd saves, to the byte, at 14 shapes in fp32
-and in bf16; the total is 0.94 to 1.09 of the allocator's peak of a real step at 16. With one micro-batch it errs on the high
+and in bf16; the total is 0.92 to 1.11 of the allocator's peak of a real step at 16. With one micro-batch it errs on the high
 side, by 4 bytes a parameter at most: gradients come as activations go. The rest is the mask of token-to-concept attention.
 
 A GPU is not a CPU in three respects. Norms are computed in fp32 (`rms_norm` is on CUDA's autocast list), so that every matrix
@@ -46,7 +46,7 @@ class Memory:
         optimizer: both moments of AdamW, fp32.
         casts: bf16 copies of the matrices; 0 in fp32.
         activations: kept for the backward pass of one micro-batch, by component of the model.
-        head: what cross-entropy holds whatever the micro-batch is.
+        head: the gradient of the unembedding, and what cross-entropy or, if that is more, the gradient of the last block has at work.
         evaluation: the largest forward pass of validation, which keeps no activations but may have more tokens.
     """
 
@@ -133,7 +133,7 @@ def memory(
         optimizer=OPTIMIZER_BYTES * n,
         casts=2 * _matrix_parameters(config) if bf16 else 0,
         activations=_activations(config, rules, micro_batch_tokens, n_concepts),
-        head=_head(config, rules, micro_batch_tokens) + 4 * config.vocab_size * config.d_token,
+        head=_work(config, rules, micro_batch_tokens) + 4 * config.vocab_size * config.d_token,
         evaluation=evaluation_tokens * _token_block(config, rules) + _head(config, rules, evaluation_tokens),
     )
 
@@ -228,6 +228,14 @@ def _head(c: ModelConfig, rules: _Rules, n_tokens: float) -> float:
     """
     logits = chunk_rows(int(n_tokens), c.vocab_size, "cuda" if rules.gpu else "cpu") * c.vocab_size
     return 6 * logits + 4 * c.vocab_size * c.d_token if rules.bf16 else 4 * logits
+
+
+def _work(c: ModelConfig, rules: _Rules, n_tokens: float) -> float:
+    """Bytes at work when all activations are there: by cross-entropy, or then by the gradient of the last SwiGLU.
+
+    That holds three rows of the hidden width: the gradient of the product, and those of its factors as they come.
+    """
+    return max(_head(c, rules, n_tokens), n_tokens * 3 * rules.b * c.d_ff_token)
 
 
 def _matrix_parameters(c: ModelConfig) -> int:
