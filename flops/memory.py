@@ -46,7 +46,7 @@ class Memory:
         optimizer: both moments of AdamW, fp32.
         casts: bf16 copies of the matrices; 0 in fp32.
         activations: kept for the backward pass of one micro-batch, by component of the model.
-        head: the gradient of the unembedding, and what cross-entropy or, if that is more, the gradient of the last block has at work.
+        head: the gradient of the unembedding, and what cross-entropy or, if more, the gradient of the last SwiGLU has at work.
         evaluation: the largest forward pass of validation, which keeps no activations but may have more tokens.
     """
 
