@@ -1,7 +1,7 @@
 """Building blocks of every stack: linear maps that know their fan-in, rotary positions, attention, SwiGLU, the blocks.
 
 Shape legend: T packed positions (tokens, in a block of the backbone concepts), K concepts, W width of a block, C width of
-concepts, H query heads, G key-value heads, A head width.
+concepts, F hidden width of the SwiGLU, H query heads, G key-value heads, A head width.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlcm.config import ModelConfig
+from dlcm.fused import applies, rms_norm, rms_norm_rotated, swiglu
 
 Side = Literal["token", "concept"]
 # Queries, keys and values (T, H, A), (T, G, A), (T, G, A) to outputs (T, H, A): who sees whom is the caller's to say.
@@ -33,6 +34,18 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, width: int, side: Side) -> None:
         self.side: Side = side
         super().__init__(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x over the root of its mean square, times the gain."""
+        assert self.eps is not None
+        return rms_norm(x, self.weight, self.eps) if applies(x) else super().forward(x)
+
+    def rotated(self, x_THA: Tensor, rotary: "Rotary") -> Tensor:
+        """The normed heads at their positions."""
+        assert self.eps is not None
+        if applies(x_THA):
+            return rms_norm_rotated(x_THA, self.weight, self.eps, rotary.cos_T1A, rotary.sin_T1A)
+        return rotary(self(x_THA))
 
 
 class Rotary:
@@ -65,7 +78,7 @@ class Attention(nn.Module):
     def forward(self, x_TW: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         """Return the attention branch, (T, W)."""
         q_THA, k_TGA, v_TGA = (split_heads(w(x_TW), self.d_head) for w in (self.w_q, self.w_k, self.w_v))
-        q_THA, k_TGA = rotary(self.q_norm(q_THA)), rotary(self.k_norm(k_TGA))
+        q_THA, k_TGA = self.q_norm.rotated(q_THA, rotary), self.k_norm.rotated(k_TGA, rotary)
         return self.w_o(attend(q_THA.to(v_TGA.dtype), k_TGA.to(v_TGA.dtype), v_TGA).flatten(1))
 
 
@@ -79,7 +92,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_TW: Tensor) -> Tensor:
         """Return the feed-forward branch, (T, W)."""
-        return self.w_down(F.silu(self.w_gate(x_TW)) * self.w_up(x_TW))
+        gate_TF, up_TF = self.w_gate(x_TW), self.w_up(x_TW)
+        return self.w_down(swiglu(gate_TF, up_TF) if applies(gate_TF) else F.silu(gate_TF) * up_TF)
 
 
 class Block(nn.Module):

@@ -13,12 +13,13 @@ is at work (`gathered`): weights and gradients outside of blocks, and twice thos
 travel in. Casts are not shared: autograd keeps them.
 
 Checked on a CPU (`tests/flops/test_memory.py`): activations and casts are what autograd saves, to the byte, at 14 shapes in fp32
-and in bf16; the total is 0.94 to 1.09 of the allocator's peak of a real step at 16. With one micro-batch it errs on the high
+and in bf16; the total is 0.92 to 1.11 of the allocator's peak of a real step at 16. With one micro-batch it errs on the high
 side, by 4 bytes a parameter at most: gradients come as activations go. The rest is the mask of token-to-concept attention.
 
-A GPU is not a CPU in two respects. Norms are computed in fp32 (`rms_norm` is on CUDA's autocast list), so that every matrix keeps
-its own bf16 copy of its input; and they are fused, so that they keep their input and one number a row, where a CPU keeps the
-normalised rows too. The same test holds these rules, with norms replaced by ones that do that; no GPU's allocator was asked.
+A GPU is not a CPU in three respects. Norms are computed in fp32 (`rms_norm` is on CUDA's autocast list), so that every matrix
+keeps its own bf16 copy of its input; they are fused, so that they keep their input and one number a row, where a CPU under
+autocast keeps the normalised rows too; and the SwiGLU keeps silu(gate), as under autocast, where `dlcm.fused` computes it again.
+The same test holds these rules, with norms replaced by ones that do that; no GPU's allocator was asked.
 
 Not counted: the batch itself, buffers, kernels' workspace, fragmentation, what the attention backends `reference`, `sdpa` and
 `flex` keep of masks and scores (the fused kernels that `auto` takes keep q, k, v, output and one number a query), and what
@@ -52,7 +53,7 @@ class Memory:
         optimizer: both moments of AdamW, fp32.
         casts: bf16 copies of the matrices; 0 in fp32.
         activations: kept for the backward pass of one micro-batch, by component of the model.
-        head: what cross-entropy holds whatever the micro-batch is.
+        head: the gradient of the unembedding, and what cross-entropy or, if more, the gradient of the last SwiGLU has at work.
         evaluation: the largest forward pass of validation, which keeps no activations but may have more tokens.
         recomputation: what the largest block computes again, beyond what cross-entropy has given back; 0 where none does.
         gathered: weights and gradients that are whole for a while, where ranks share them; 0 elsewhere.
@@ -99,7 +100,12 @@ class _Rules:
 
     def norm(self, width: float, n: float = 1) -> float:
         """An RMSNorm over `n` rows: its fp32 input, one number a row, and, unfused, the normalised rows."""
-        return n * (4 * width * (1 if self.gpu else 2) + 4)
+        return n * (4 * width * (1 if self.gpu or not self.bf16 else 2) + 4)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the functions of `dlcm.fused` are at work."""
+        return not self.gpu and not self.bf16
 
     def inputs(self, width: float, n_matrices: int, narrow_stream: bool = False) -> float:
         """Inputs of matrices that read one normed row.
@@ -152,7 +158,7 @@ def memory(
         activations=activations,
         recomputation=recomputation,
         gathered=_gathered(config) if n_sharing > 1 else 0.0,
-        head=_head(config, rules, micro_batch_tokens) + 4 * config.vocab_size * config.d_token,
+        head=_work(config, rules, micro_batch_tokens) + 4 * config.vocab_size * config.d_token,
         evaluation=evaluation_tokens * _token_block(config, rules) + _head(config, rules, evaluation_tokens),
     )
 
@@ -229,11 +235,11 @@ def _block(width: int, h: int, g: int, a: int, f: int, rules: _Rules, narrow_str
     """Bytes a row of one block keeps.
 
     Two norms with the inputs of Q, K, V and of gate and up; the QK-norms; q, k, v and output of the attention with one
-    log-sum-exp a head; gate, up, silu(gate) and their product.
+    log-sum-exp a head; gate, up, their product, and, unfused, silu(gate).
     """
     norms = 2 * rules.norm(width) + rules.norm(a, h + g)
     inputs = rules.inputs(width, 3, narrow_stream) + rules.inputs(width, 2, narrow_stream)
-    return norms + inputs + rules.b * a * (2 * h + 2 * g) + 4 * h + 4 * rules.b * f
+    return norms + inputs + rules.b * a * (2 * h + 2 * g) + 4 * h + (3 if rules.fused else 4) * rules.b * f
 
 
 def _boundary(c: ModelConfig) -> float:
@@ -283,15 +289,20 @@ def _cross(c: ModelConfig, rules: _Rules, n_tokens: float, n_concepts: float) ->
 
 
 def _head(c: ModelConfig, rules: _Rules, n_tokens: float) -> float:
-    """Bytes of cross-entropy at work on a chunk: its logits in fp32 and their exponentials.
+    """Bytes of cross-entropy at work on a chunk: its logits in fp32, which become their exponentials.
 
-    Under autocast also a bf16 copy of the unembedding; its gradient by the chunk comes when the exponentials are gone.
+    Under autocast also a bf16 copy of them, a bf16 copy of the unembedding, and its gradient by the chunk.
     """
     logits = chunk_rows(int(n_tokens), c.vocab_size, "cuda" if rules.gpu else "cpu") * c.vocab_size
-    if not rules.bf16:
-        return 8 * logits
-    unembedding = 2 * c.vocab_size * c.d_token
-    return unembedding + max(8 * logits, 2 * logits + unembedding)
+    return 6 * logits + 4 * c.vocab_size * c.d_token if rules.bf16 else 4 * logits
+
+
+def _work(c: ModelConfig, rules: _Rules, n_tokens: float) -> float:
+    """Bytes at work when all activations are there: by cross-entropy, or then by the gradient of the last SwiGLU.
+
+    That holds three rows of the hidden width: the gradient of the product, and those of its factors as they come.
+    """
+    return max(_head(c, rules, n_tokens), n_tokens * 3 * rules.b * c.d_ff_token)
 
 
 def _matrix_parameters(c: ModelConfig) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute_checkpoint
 
-from dlcm import recompute, validation
+from dlcm import layers, recompute, validation
 from dlcm.boundary import uniform_draws
 from dlcm.config import BoundaryConfig, ModelConfig, RunConfig
 from dlcm.model import build_model
@@ -130,6 +130,7 @@ def test_activations_are_what_autograd_saves_to_the_byte(name, bf16):
 def test_the_rules_of_a_gpu_give_what_autograd_saves_with_its_norms(name, bf16, monkeypatch):
     # No GPU is asked: the norms are replaced by what PyTorch's CUDA autocast list and fused kernel say of them.
     monkeypatch.setattr(F, "rms_norm", lambda x, _, weight, eps: CudaNorm.apply(x, weight, eps))
+    monkeypatch.setattr(layers, "applies", lambda _: False)
     config = ModelConfig(**SHAPES[name])
     saved, n_concepts = saved_bytes(config, 160, bf16)
     found = memory(config, 160, bf16=bf16, gpu=True, n_concepts=n_concepts)
@@ -225,8 +226,9 @@ def test_the_total_is_close_to_the_allocators_peak(name, vocab_size, precision, 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ratio = found.total / peak_bytes(config)
-    # With one micro-batch the gradients are not there yet when the activations are; masks of the attention are not counted.
-    assert 0.94 < ratio < (1.1 if n_micro == 1 else 1.01)
+    # With one micro-batch the gradients are not there yet when the activations are; masks of the attention and, in bf16, the
+    # rows that the gradient of an unfused norm has at work are not counted.
+    assert 0.92 < ratio < (1.12 if n_micro == 1 else 1.01)
 
 
 def test_the_batch_of_validation_is_that_of_the_code():
