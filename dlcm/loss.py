@@ -40,7 +40,9 @@ def linear_cross_entropy(x_TW: Tensor, weight_VW: Tensor, targets_T: Tensor) -> 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """In which dtype products with `x` are taken: that of autocast where it is on."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    # Not every device has autocast: shapes are counted on `meta`.
+    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if cast else x.dtype
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
