@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dlcm.errors import UserError, nearest
-from dlcm.words import WordEncoder, fits
+from dlcm.words import WordEncoder, pattern_of
 
 if TYPE_CHECKING:
     import tokenizers
@@ -139,9 +139,8 @@ class Tokenizer:
 
     @cached_property
     def _words(self) -> WordEncoder | None:
-        if self.backend is None or not fits(self.backend):
-            return None
-        return WordEncoder(self.backend, self.dtype, self.eot_id)
+        pattern = self.backend and pattern_of(self.backend)
+        return WordEncoder(self.backend, pattern, self.dtype, self.eot_id) if self.backend and pattern else None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; ends of text are left out, bytes that are no UTF-8 become U+FFFD."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dlcm.cut import SEPARATOR, Cutter
+from dlcm.cut import LLAMA3, SEPARATOR, Cutter
 
 if TYPE_CHECKING:
     import tokenizers
@@ -32,22 +32,28 @@ _FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xD6E8FEB86659FD93,
 _FACTOR = np.uint64(0xBF58476D1CE4E5B9)
 
 
-def fits(backend: "tokenizers.Tokenizer") -> bool:
-    """Whether a tokenizer is a byte-level BPE that cuts text by the pattern of GPT-2 and changes nothing before that."""
+def pattern_of(backend: "tokenizers.Tokenizer") -> str | None:
+    """The pattern by which a byte-level BPE cuts text; None for other tokenizers, patterns, and changes of the text before."""
     spec = json.loads(backend.to_str())
     cutter, model = spec.get("pre_tokenizer") or {}, spec["model"]
-    return (
-        spec.get("normalizer") is None
-        and model["type"] == "BPE"
-        and not model.get("dropout")
-        and not model.get("continuing_subword_prefix")
-        and not model.get("end_of_word_suffix")
-        and all(char in model["vocab"] for char in _alphabet())
-        and cutter.get("type") == "ByteLevel"
-        and cutter.get("use_regex", True)
-        and not cutter.get("add_prefix_space")
-        and all(token["special"] for token in spec.get("added_tokens") or ())
-    )
+    if (
+        spec.get("normalizer") is not None
+        or model["type"] != "BPE"
+        or model.get("dropout")
+        or model.get("continuing_subword_prefix")
+        or model.get("end_of_word_suffix")
+        or not all(char in model["vocab"] for char in _alphabet())
+        or not all(token["special"] for token in spec.get("added_tokens") or ())
+    ):
+        return None
+    parts = cutter["pretokenizers"] if cutter.get("type") == "Sequence" else [cutter]
+    if [part.get("type") for part in parts] not in (["ByteLevel"], ["Split", "ByteLevel"]):
+        return None
+    *split, bytes_of = parts
+    if bytes_of.get("add_prefix_space") or bytes_of.get("use_regex", True) == bool(split):
+        return None
+    as_llama3 = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
+    return "gpt2" if not split else "llama3" if split == [as_llama3] else None
 
 
 def _alphabet() -> list[str]:
@@ -60,13 +66,14 @@ class WordEncoder:
     """Ids of documents under a byte-level BPE.
 
     Args:
-        backend: a tokenizer that `fits`.
+        backend: a tokenizer that has a `pattern_of`.
+        pattern: that one.
         dtype: of the ids.
         eot_id: the id that goes before each document.
     """
 
-    def __init__(self, backend: "tokenizers.Tokenizer", dtype: np.dtype, eot_id: int) -> None:
-        self._backend, self._cutter = backend, Cutter(backend)
+    def __init__(self, backend: "tokenizers.Tokenizer", pattern: str, dtype: np.dtype, eot_id: int) -> None:
+        self._backend, self._cutter = backend, Cutter(pattern)
         self._tables = {lanes: _Table(lanes, n_rows) for lanes, n_rows in _TABLES.items()}
         self._pool = np.full(1 << 16, eot_id, dtype)  # the ids of all words that are known, behind that of a separator
         self._used, self._limit = 1, _SPARE_IDS

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dlcm import cut, words
 from dlcm.tokens import Tokenizer
-from dlcm.words import WordEncoder, fits
+from dlcm.words import WordEncoder, pattern_of
 
 SAMPLES = [
     "",
@@ -33,13 +33,35 @@ EOT = 9_999
 
 
 @pytest.fixture(scope="module")
-def backend():
+def trained():
     return Tokenizer.train([sample * 3 for sample in SAMPLES], 600).backend
+
+
+def with_pattern(trained, pattern):
+    from tokenizers import Regex, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    other = Backend.from_str(trained.to_str())
+    other.encode_special_tokens = True
+    if pattern != "gpt2":
+        other.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        )
+    return other
+
+
+@pytest.fixture(scope="module", params=["gpt2", cut.LLAMA3], ids=["gpt2", "llama3"])
+def backend(trained, request):
+    return with_pattern(trained, request.param)
 
 
 @pytest.fixture(scope="module")
 def warm(backend):
-    return WordEncoder(backend, np.dtype(np.uint16), EOT)
+    return new_encoder(backend)
+
+
+def new_encoder(backend):
+    return WordEncoder(backend, pattern_of(backend), np.dtype(np.uint16), EOT)
 
 
 def encoded(encoder, texts):
@@ -53,7 +75,7 @@ def expected(backend, texts):
 
 
 def test_ids_are_those_of_the_tokenizer(backend):
-    encoder = WordEncoder(backend, np.dtype(np.uint16), EOT)
+    encoder = new_encoder(backend)
     for _ in range(2):  # from the tokenizer, then from the table
         assert encoded(encoder, SAMPLES) == expected(backend, SAMPLES)
 
@@ -66,6 +88,9 @@ def test_ids_are_those_of_the_tokenizer(backend):
         "aé’ '\n\t1.\u00a0",
         "a \u2003\u3000\x85\n",
         "'smяß٣½🙂 \u2028\u200b",
+        "'sStTLlſKß1\n\r! ",
+        "a1! \n\r\t\u3000—",
+        "12٣½ ",
         "".join(map(chr, range(128))),
     ],
 )
@@ -89,10 +114,10 @@ def test_characters_are_cut_as_the_tokenizer_cuts_them(backend, warm):
     assert encoded(warm, texts) == expected(backend, texts)
 
 
-def test_a_tokenizer_that_knows_another_unicode_is_asked_character_by_character(backend, monkeypatch):
-    guessed = cut.Cutter(backend)
+def test_a_library_that_knows_another_unicode_is_asked_character_by_character(monkeypatch):
+    guessed = cut.Cutter("gpt2")
     monkeypatch.setattr(cut, "_guess", lambda char: cut._OTHER)
-    asked = cut.Cutter(backend)
+    asked = cut.Cutter("gpt2")
     for page in (0x00, 0x400, 0x600, 0x2000, 0x3000, 0xFF00, 0x1F600):
         for cutter in (guessed, asked):
             cutter._ask(page)
@@ -106,7 +131,7 @@ def test_words_that_share_a_place_and_a_memory_that_is_full_change_nothing(backe
     monkeypatch.setattr(words, "_TABLES", {2: 8, 4: 2, 8: 2})
     monkeypatch.setattr(words, "_SPARE_IDS", 100)
     monkeypatch.setattr(words, "_BLOCK", 50)
-    encoder = WordEncoder(backend, np.dtype(np.uint16), EOT)
+    encoder = new_encoder(backend)
     for _ in range(3):
         assert encoded(encoder, SAMPLES) == expected(backend, SAMPLES)
     assert encoder._limit < 100 + 12 * 64
@@ -115,7 +140,7 @@ def test_words_that_share_a_place_and_a_memory_that_is_full_change_nothing(backe
 
 def test_a_word_that_comes_again_and_again_is_asked_for_once_while_others_come_and_go(backend, monkeypatch):
     monkeypatch.setattr(words, "_TABLES", {2: 64, 4: 16, 8: 16})
-    encoder = WordEncoder(backend, np.dtype(np.uint16), EOT)
+    encoder = new_encoder(backend)
     asked = []
     real = encoder._learn
     monkeypatch.setattr(encoder, "_learn", lambda new: asked.extend(new) or real(new))
@@ -130,19 +155,21 @@ def test_no_texts_and_empty_texts(warm):
     assert encoded(warm, ["", "", "a"])[:2] == [[EOT], [EOT]]
 
 
-def test_only_tokenizers_that_cut_by_this_pattern_fit(backend):
+def test_only_tokenizers_that_cut_by_a_known_pattern_have_one(trained):
     from tokenizers import AddedToken, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
     def changed(change):
-        other = Backend.from_str(backend.to_str())
+        other = Backend.from_str(trained.to_str())
         change(other)
-        return fits(other)
+        return pattern_of(other)
 
-    assert fits(backend)
-    assert not changed(lambda t: setattr(t, "normalizer", normalizers.NFC()))
-    assert not changed(lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Whitespace()))
-    assert not changed(lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)))
-    assert not changed(lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.ByteLevel(False, use_regex=False)))
-    assert not changed(lambda t: t.add_tokens([AddedToken("word", special=False)]))
-    assert not changed(lambda t: setattr(t, "model", models.BPE({"a": 0, "b": 1}, [])))  # bytes are missing
+    assert pattern_of(trained) == "gpt2"
+    assert pattern_of(with_pattern(trained, cut.LLAMA3)) == "llama3"
+    assert pattern_of(with_pattern(trained, cut.LLAMA3 + "|x")) is None
+    assert changed(lambda t: setattr(t, "normalizer", normalizers.NFC())) is None
+    assert changed(lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Whitespace())) is None
+    assert changed(lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True))) is None
+    assert changed(lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.ByteLevel(False, use_regex=False))) is None
+    assert changed(lambda t: t.add_tokens([AddedToken("word", special=False)])) is None
+    assert changed(lambda t: setattr(t, "model", models.BPE({"a": 0, "b": 1}, []))) is None  # bytes are missing
