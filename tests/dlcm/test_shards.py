@@ -300,7 +300,7 @@ def test_a_build_that_is_killed_again_and_again_goes_on_and_ends_as_one_that_was
     assert not list((cache / "torn").glob(".*.partial"))
 
 
-@pytest.mark.parametrize("size", [7, 64, 1_000])
+@pytest.mark.parametrize("size", [29, 64, 1_000])
 def test_a_stream_in_many_files_reads_as_one(size, cache, config, corpus, monkeypatch):
     monkeypatch.setattr(build, "SHARD_TOKENS", size)
     cut = open_corpus(config)
@@ -317,8 +317,11 @@ def test_a_stream_in_many_files_reads_as_one(size, cache, config, corpus, monkey
     np.testing.assert_array_equal(cut.train.batch(5, **draw).tokens_T, corpus.train.batch(5, **draw).tokens_T)
 
 
-def test_memory_does_not_grow_with_the_corpus(cache, tmp_path):
+@pytest.mark.parametrize(("tokenizer", "n_processes"), [("bytes", 1), ("bpe-300", 1), ("bpe-300", 2)])
+def test_memory_does_not_grow_with_the_corpus(tokenizer, n_processes, cache, tmp_path, monkeypatch):
     """Eight times the text, and no more than a few megabytes on top."""
+    monkeypatch.setattr(encoders, "n_processes", lambda: n_processes)
+    monkeypatch.setattr(encoders, "_WORTH_BYTES", 0)
     grown = []
     for n in (4, 32):
         path = tmp_path / f"{n}.txt"
@@ -326,7 +329,7 @@ def test_memory_does_not_grow_with_the_corpus(cache, tmp_path):
             for i in range(n * 2_000):
                 file.write(f"line {i * 7919 % 100_003} of some text that is long enough to matter, {i % 97}\n" * 8)
         tracemalloc.start()
-        open_corpus(DataConfig(corpus=str(path), tokenizer="bytes"))
+        open_corpus(DataConfig(corpus=str(path), tokenizer=tokenizer))
         grown.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert grown[1] < grown[0] + 8e6
