@@ -91,6 +91,8 @@ class Encoders(Generic[Label]):
             process.end()
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
+        for process in self._processes:
+            process.close()
 
     def map(self, groups: Iterable[tuple[Label, list[bytes]]]) -> Iterator[tuple[Label, list[bytes], Encoded]]:
         """Encode labelled groups; they come back in the order in which they came, a few are under way at a time."""
@@ -174,6 +176,13 @@ class _Process:
         self._ending = True
         self._child.kill()
         self._child.wait()
+
+    def close(self) -> None:
+        """Close the pipes, when nobody speaks through them any more."""
+        for pipe in (self._child.stdin, self._child.stdout):
+            with contextlib.suppress(OSError):  # what was written and not sent
+                assert pipe is not None
+                pipe.close()
 
 
 def serve() -> None:
