@@ -1,8 +1,8 @@
 """How fast text becomes batches: `python benchmarks/data.py` tokenizes and shards a corpus, and times the drawing of batches.
 
-tokenizing   the whole build of a cache with a BPE that is trained already: reading, hashing, encoding, writing, in MB of UTF-8
-             text a second. The baseline of the encoding is `encode_batch_fast` of the `tokenizers` library on the same text
-             with all cores, in the same run; the ids must be the same.
+tokenizing   the whole build of an empty cache with a BPE that is trained already: reading, hashing, encoding, writing, in MB of
+             UTF-8 text a second, and how many processors it kept busy. The baseline is `encode_batch_fast` of the `tokenizers`
+             library on the beginning of the same text with all processors, in the same run; the ids must be the same.
 loader       the drawing of the batches of a training, as a share of its steps, for proxies of some sizes.
 
 python benchmarks/data.py --corpus some/folder --assert       fails below 20 MB/s, or with a loader above 1% of a step
@@ -16,6 +16,7 @@ import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -43,29 +44,37 @@ def tokenizing(config: DataConfig, sample_mb: float) -> dict[str, Any]:
             break
     groups = [texts[i : i + 64] for i in range(0, len(texts), 64)]
     assert trained.tokenizer.backend is not None
-    started = time.perf_counter()
+    started = measured()
     theirs = [trained.tokenizer.backend.encode_batch_fast(group, add_special_tokens=False) for group in groups]
-    library = size / (time.perf_counter() - started) / 1e6
-    started = time.perf_counter()
+    library_s, library_cpu_s = measured() - started
+    started = measured()
     ours = [trained.tokenizer.encode_batch(group) for group in groups]
-    encoding = size / (time.perf_counter() - started) / 1e6
+    _, encoding_cpu_s = measured() - started
     same = all(np.array_equal(a, b.ids) for mine, found in zip(ours, theirs) for a, b in zip(mine, found, strict=True))
     if not same:
         raise SystemExit("error: the ids are not those of the library")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["DLCM_CACHE"] = folder
-        started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"DLCM_CACHE": folder}):
+        started = measured()
         built = open_corpus(config.model_copy(update={"tokenizer": str(path)}))
-        seconds = time.perf_counter() - started
+        build_s, build_cpu_s = measured() - started
         total = built.train.n_bytes + built.validation.n_bytes
-        del os.environ["DLCM_CACHE"]
+    build_rate, library_rate = total / build_s / 1e6, size / library_s / 1e6
     return {
         "text MB": total / 1e6,
-        "build MB/s": total / seconds / 1e6,
-        "encoding MB/s": encoding,
-        "library MB/s": library,
-        "encoding over library": encoding / library,
+        "build MB/s": build_rate,
+        "processors busy": build_cpu_s / build_s,
+        "build MB/CPU s": total / build_cpu_s / 1e6,
+        "library MB/s": library_rate,
+        "library MB/CPU s": size / library_cpu_s / 1e6,
+        "build over library": build_rate / library_rate,
+        "encoding over library, CPU": library_cpu_s / encoding_cpu_s,
     }
+
+
+def measured() -> np.ndarray:
+    """Seconds on the clock, and of the processors: of this process and of those that it has waited for."""
+    spent = os.times()
+    return np.array([time.perf_counter(), spent.user + spent.system + spent.children_user + spent.children_system])
 
 
 def loader(corpus: Corpus, config: DataConfig, size: float, batch_tokens: int, n_steps: int) -> dict[str, Any]:
@@ -109,7 +118,7 @@ def main() -> None:
     print(format_table(shares))
     found = {
         "environment": environment("cpu"),
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "torch_threads": torch.get_num_threads(),
         "journal_bytes": build.JOURNAL_BYTES,
         "tokenizing": rates,

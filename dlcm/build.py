@@ -1,8 +1,9 @@
 """Building a tokenized corpus: in constant memory, resumable, whole or not there.
 
-The documents are tokenized in groups of half a megabyte into `.<key>.partial`, which becomes the cache folder by a rename when
-it is whole. Every `JOURNAL_BYTES` of text the files are flushed and `journal.json` says how far they are right; a build that was
-killed goes on from there. A lock is held meanwhile, so of several processes one builds and the others wait.
+The documents are tokenized in groups of half a megabyte (`dlcm.encoders`) and written in their order into `.<key>.partial`,
+which becomes the cache folder by a rename when it is whole. Every `JOURNAL_BYTES` of text the files are flushed and
+`journal.json` says how far they are right; a build that was killed goes on from there. A lock is held meanwhile, so of several
+processes one builds and the others wait.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import numpy as np
 
 from dlcm.config import DataConfig
 from dlcm.corpus import Source
+from dlcm.encoders import DIGEST_BYTES, Encoded, Encoders, content_digest
 from dlcm.errors import UserError
 from dlcm.record import read_json, write_json
 from dlcm.tokens import Tokenizer, parse_tokenizer
@@ -30,12 +32,13 @@ BPE_SAMPLE_BYTES = 8 * 2**20
 JOURNAL_BYTES = 64 * 2**20
 SHARD_TOKENS = 2**29  # of one file: a gigabyte at two bytes a token
 SPLITS = ("train", "validation")
-_GROUP_CHARS = 512 * 2**10  # the tokenizer's working arrays of so much text fit the caches
+_GROUP_BYTES = 512 * 2**10  # the tokenizer's working arrays of so much text fit the caches
 _FEW_DOCUMENTS = 256
 _ENOUGH_FOR_TWO = 8
 
 Progress = Callable[[str, int, int | None], None]
 """Called with what is being done, bytes done, and bytes in all where that is known."""
+_Place = tuple[int, int]  # number of a file, documents of it that are done
 
 
 @contextlib.contextmanager
@@ -112,16 +115,12 @@ class _Build:
                 name: stack.enter_context(_SplitWriter(self.folder, name, tokenizer, journal.splits[name]))
                 for name in SPLITS
             }
+            left = self.source.n_bytes and self.source.n_bytes - journal.read
+            encoders: Encoders[_Place] = stack.enter_context(Encoders(tokenizer, left))
             kept = journal.read
-            for texts in self._groups(journal):
-                content = bytes.fromhex(journal.content)
-                for text, ids in zip(texts, tokenizer.encode_batch(texts)):
-                    split_hash, _, digest = _hashes(text)
-                    content = hashlib.sha256(content + digest).digest()
-                    n_bytes = len(text.encode())
-                    writers[SPLITS[split_hash < journal.threshold]].append(ids, n_bytes)
-                    journal.read += n_bytes
-                journal.content = content.hex()
+            for place, documents, encoded in encoders.map(self._groups(journal)):
+                self._write(journal, writers, documents, encoded)
+                journal.file, journal.skip = place
                 self.progress("tokenizing", journal.read, self.source.n_bytes)
                 if journal.read - kept >= JOURNAL_BYTES:
                     self._note(journal, writers.values())
@@ -129,6 +128,22 @@ class _Build:
             for writer in writers.values():
                 writer.flush()
         self._finish(journal, tokenizer)
+
+    def _write(
+        self, journal: Journal, writers: dict[str, "_SplitWriter"], documents: list[bytes], encoded: Encoded
+    ) -> None:
+        content = bytes.fromhex(journal.content)
+        for i in range(0, len(encoded.digests), DIGEST_BYTES):
+            content = hashlib.sha256(content + encoded.digests[i : i + DIGEST_BYTES]).digest()
+        journal.content = content.hex()
+        hash_D = np.frombuffer(encoded.digests, ">u8")[:: DIGEST_BYTES // 8]
+        n_bytes_D = np.array([len(document) for document in documents], np.int64)
+        validation_D = hash_D < np.uint64(journal.threshold)
+        for name, chosen_D in zip(SPLITS, (~validation_D, validation_D)):
+            if chosen_D.any():
+                ids = encoded.ids_T[np.repeat(chosen_D, encoded.count_D)]
+                writers[name].append(ids, encoded.count_D[chosen_D], int(n_bytes_D[chosen_D].sum()))
+        journal.read += int(n_bytes_D.sum())
 
     def _begin(self) -> tuple[Journal, Tokenizer]:
         path = self.folder / "journal.json"
@@ -148,20 +163,19 @@ class _Build:
         is_bytes = parse_tokenizer(self.config.tokenizer)[0] == "bytes"
         return Tokenizer() if is_bytes else Tokenizer.load(self.folder / "tokenizer.json")
 
-    def _groups(self, journal: Journal) -> Iterator[list[str]]:
-        """Documents that are not done yet, in lists of some `_GROUP_CHARS` characters; the journal moves along."""
-        documents = self.source.numbered(journal.file)
+    def _groups(self, journal: Journal) -> Iterator[tuple["_Place", list[bytes]]]:
+        """Documents that are not done yet, in lists of some `_GROUP_BYTES`, each with the place behind it."""
+        file, skip = journal.file, journal.skip
         group, size = [], 0
-        for file, text in islice(documents, journal.skip, None):
-            journal.skip = journal.skip + 1 if file == journal.file else 1
-            journal.file = file
-            group.append(text)
-            size += len(text)
-            if size >= _GROUP_CHARS:
-                yield group
+        for number, text in islice(self.source.numbered(file), skip, None):
+            file, skip = number, skip + 1 if number == file else 1
+            group.append(text.encode())
+            size += len(group[-1])
+            if size >= _GROUP_BYTES:
+                yield (file, skip), group
                 group, size = [], 0
         if group:
-            yield group
+            yield (file, skip), group
 
     def _note(self, journal: Journal, writers: Any) -> None:
         for writer in writers:
@@ -192,14 +206,13 @@ class _SplitWriter:
 
     def __init__(self, folder: Path, name: str, tokenizer: Tokenizer, written: Written) -> None:
         self._folder, self._name, self._written = folder, name, written
-        self._eot = np.array([tokenizer.eot_id], tokenizer.dtype)
         self._offsets = self._open(
             folder / f"{name}.offsets.bin", 8 * (written.n_documents + 1) * bool(written.n_tokens)
         )
         if not written.n_tokens:
             self._offsets.write(np.zeros(1, np.int64).tobytes())
         number, inside = divmod(written.n_tokens, SHARD_TOKENS)
-        self._file = self._open(shard_path(folder, name, number), inside * self._eot.itemsize)
+        self._file = self._open(shard_path(folder, name, number), inside * tokenizer.dtype.itemsize)
 
     @staticmethod
     def _open(path: Path, n_bytes: int) -> Any:
@@ -215,18 +228,17 @@ class _SplitWriter:
         self._file.close()
         self._offsets.close()
 
-    def append(self, ids: np.ndarray, n_bytes: int) -> None:
-        """Write one document, an end of text before it; it may go on in the next file."""
-        rest = np.concatenate([self._eot, ids])
-        while len(rest):
+    def append(self, ids: np.ndarray, counts: np.ndarray, n_bytes: int) -> None:
+        """Write documents of so many ids each, one after the other; they may go on in the next file."""
+        self._offsets.write((self._written.n_tokens + np.cumsum(counts)).tobytes())
+        while len(ids):
             room = SHARD_TOKENS - self._written.n_tokens % SHARD_TOKENS
-            self._file.write(rest[:room].tobytes())
-            self._written.n_tokens += len(rest[:room])
-            rest = rest[room:]
+            self._file.write(ids[:room].tobytes())
+            self._written.n_tokens += len(ids[:room])
+            ids = ids[room:]
             if self._written.n_tokens % SHARD_TOKENS == 0:
                 self._next_file()
-        self._offsets.write(np.array([self._written.n_tokens], np.int64).tobytes())
-        self._written.n_documents += 1
+        self._written.n_documents += len(counts)
         self._written.n_bytes += n_bytes
 
     def _next_file(self) -> None:
@@ -245,10 +257,10 @@ class _SplitWriter:
         os.fsync(file.fileno())
 
 
-def _hashes(text: str) -> tuple[int, int, bytes]:
-    """Two independent 64-bit numbers from the content (for the split, for the BPE sample), and all 16 bytes."""
-    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-    return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big"), digest
+def _hashes(text: str) -> tuple[int, int]:
+    """Two independent 64-bit numbers from the content: for the split, for the BPE sample."""
+    digest = content_digest(text.encode())
+    return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big")
 
 
 def _threshold(source: Source, share: float) -> int:
@@ -292,7 +304,7 @@ def _bpe_sample(source: Source, threshold: int, progress: Progress) -> Iterator[
     read = taken = 0
     for text in source.documents():
         read += len(text)
-        split_hash, sample_hash, _ = _hashes(text)
+        split_hash, sample_hash = _hashes(text)
         if split_hash < threshold or sample_hash >= rate:
             continue
         taken += len(text)

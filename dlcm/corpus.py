@@ -19,6 +19,7 @@ import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -54,7 +55,7 @@ class Source:
     text_key: str
     skip_foreign: bool
 
-    @property
+    @cached_property
     def n_bytes(self) -> int | None:
         """Size of the files as stored; None where it is not known before reading."""
         return sum(path.stat().st_size for path in self.files) if self.files else None

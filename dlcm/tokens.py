@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dlcm.errors import UserError, nearest
-from dlcm.words import WordEncoder, fits
+from dlcm.words import WordEncoder, pattern_of
 
 if TYPE_CHECKING:
     import tokenizers
@@ -49,7 +49,6 @@ class Tokenizer:
             self.vocab_size, self.eot_id = _sizes(backend.get_vocab(with_added_tokens=True))
             self.fingerprint = hashlib.sha256(_canonical(backend)).hexdigest()
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
-        self._words = WordEncoder(backend, self.dtype) if backend is not None and fits(backend) else None
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -113,13 +112,35 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of every text; a byte-level BPE encodes each distinct word once (`dlcm.words`)."""
-        if self.backend is None:
-            return [np.frombuffer(text.encode(), np.uint8).astype(self.dtype) for text in texts]
+        """Ids of every text, without an end of text."""
+        ids, counts = self.encode_documents([text.encode() for text in texts])
+        ends = np.cumsum(counts).tolist()
+        return [ids[start + 1 : end] for start, end in zip([0, *ends], ends)]
+
+    def encode_documents(self, documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of UTF-8 documents, an end of text before each; a byte-level BPE encodes each distinct word once.
+
+        Returns:
+            the ids one after the other, and how many each document has, int64.
+        """
         if self._words is not None:
-            return self._words.encode_batch(texts)
-        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(item.ids, self.dtype) for item in encoded]
+            return self._words.encode(documents)
+        if self.backend is None:
+            found = [np.frombuffer(document, np.uint8) for document in documents]
+        else:
+            texts = [document.decode() for document in documents]
+            found = [item.ids for item in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        counts = np.array([len(ids) + 1 for ids in found], np.int64)
+        ids = np.empty(counts.sum(), self.dtype)
+        for end, n, own in zip(np.cumsum(counts).tolist(), counts.tolist(), found):
+            ids[end - n] = self.eot_id
+            ids[end - n + 1 : end] = own
+        return ids, counts
+
+    @cached_property
+    def _words(self) -> WordEncoder | None:
+        pattern = self.backend and pattern_of(self.backend)
+        return WordEncoder(self.backend, pattern, self.dtype, self.eot_id) if self.backend and pattern else None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; ends of text are left out, bytes that are no UTF-8 become U+FFFD."""

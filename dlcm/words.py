@@ -1,194 +1,240 @@
 """Byte-level BPE at the speed of memory: every distinct word goes through the tokenizer once.
 
-A byte-level BPE cuts text into words by a fixed pattern (that of GPT-2) and encodes each by itself, so the ids of a text are
-those of its words, one after the other. Text has few distinct words: here they are found with array operations over the bytes
-of many documents at once, looked up in a table, and only those that are new go to the tokenizer. The ids are its own.
+A byte-level BPE cuts text into words (`dlcm.cut`) and encodes each by itself, so the ids of a text are those of its words, one
+after the other. Text has few distinct words: here they are looked up in tables, a hundred thousand at a time, and only those
+that are new go to the tokenizer. The ids are its own.
 
-The pattern is applied by byte classes where text is ASCII. A stretch with other characters, between two places where the pattern
-always cuts, goes to the tokenizer as it is.
-
-Shape legend: N bytes of all documents, K words, D documents.
+Shape legend: N bytes of all documents, K words, M of them that are looked for, T ids, D documents.
 """
 
 import json
-from itertools import accumulate, chain
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dlcm.cut import LLAMA3, SEPARATOR, Cutter
+
 if TYPE_CHECKING:
     import tokenizers
 
-_LETTER, _DIGIT, _OTHER, _WHITE, _SPACE, _END = range(6)
-_SEPARATOR = 0xFF  # occurs in no UTF-8
-_APOSTROPHE = ord("'")
-_CONTRACTIONS = (b"'s", b"'t", b"'m", b"'d", b"'re", b"'ve", b"'ll")
-_TABLE_BITS = 19
-_MAX_WORD = 16  # bytes of a word that the table holds; longer ones are looked up one by one
-_MAX_KEPT_BYTES, _MAX_KEPT = 64, 1 << 20  # of words that are remembered: memory stays bounded
+# Words of up to 8 * lanes - 1 bytes have a table of so many rows of 8 * (lanes + 1) bytes; longer ones are not remembered.
+_TABLES = {2: 1 << 19, 4: 1 << 16, 8: 1 << 14}
+_LONGEST = 8 * max(_TABLES) - 1
+_BLOCK = 1 << 18  # words that are looked up at once: half a megabyte of text has fewer
+_SPARE_IDS = 1 << 20  # of words no longer known, before they are cleared away
+_COUNT_BITS = np.uint64(32)
+_COUNT = np.uint64((1 << 32) - 1)
+# By the number of bytes that a word has left: those of the next eight that are its own; and its length, above the last seven.
+_MASKS = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(256)], np.uint64)
+_LENGTHS = np.array([n << 56 for n in range(256)], np.uint64)
+_FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F] * 2, np.uint64)
+_FACTOR = np.uint64(0xBF58476D1CE4E5B9)
 
 
-def _classes() -> np.ndarray:
-    table = np.full(256, _OTHER, np.uint8)
-    for byte in range(128):
-        char = chr(byte)
-        if char.isalpha():
-            table[byte] = _LETTER
-        elif char.isdigit():
-            table[byte] = _DIGIT
-    table[[9, 10, 11, 12, 13]] = _WHITE
-    table[ord(" ")] = _SPACE
-    table[_SEPARATOR] = _END
-    return table
-
-
-_CLASS = _classes()
-_MASK = np.array([(1 << (8 * n)) - 1 for n in range(9)], np.uint64)
-
-
-def fits(backend: "tokenizers.Tokenizer") -> bool:
-    """Whether a tokenizer is a byte-level BPE that cuts text by the pattern of GPT-2 and changes nothing before that."""
+def pattern_of(backend: "tokenizers.Tokenizer") -> str | None:
+    """The pattern by which a byte-level BPE cuts text; None for other tokenizers, patterns, and changes of the text before."""
     spec = json.loads(backend.to_str())
     cutter, model = spec.get("pre_tokenizer") or {}, spec["model"]
-    return (
-        spec.get("normalizer") is None
-        and model["type"] == "BPE"
-        and not model.get("dropout")
-        and cutter.get("type") == "ByteLevel"
-        and cutter.get("use_regex", True)
-        and not cutter.get("add_prefix_space")
-        and all(token["special"] for token in spec.get("added_tokens") or ())
-    )
+    if (
+        spec.get("normalizer") is not None
+        or model["type"] != "BPE"
+        or model.get("dropout")
+        or model.get("continuing_subword_prefix")
+        or model.get("end_of_word_suffix")
+        or not all(char in model["vocab"] for char in _alphabet())
+        or not all(token["special"] for token in spec.get("added_tokens") or ())
+    ):
+        return None
+    parts = cutter["pretokenizers"] if cutter.get("type") == "Sequence" else [cutter]
+    if [part.get("type") for part in parts] not in (["ByteLevel"], ["Split", "ByteLevel"]):
+        return None
+    *split, bytes_of = parts
+    if bytes_of.get("add_prefix_space") or bytes_of.get("use_regex", True) == bool(split):
+        return None
+    as_llama3 = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
+    return "gpt2" if not split else "llama3" if split == [as_llama3] else None
+
+
+def _alphabet() -> list[str]:
+    from tokenizers import pre_tokenizers
+
+    return pre_tokenizers.ByteLevel.alphabet()
 
 
 class WordEncoder:
-    """Ids of texts under a byte-level BPE.
+    """Ids of documents under a byte-level BPE.
 
     Args:
-        backend: a tokenizer that `fits`.
+        backend: a tokenizer that has a `pattern_of`.
+        pattern: that one.
         dtype: of the ids.
+        eot_id: the id that goes before each document.
     """
 
-    def __init__(self, backend: "tokenizers.Tokenizer", dtype: np.dtype) -> None:
-        self._backend, self._dtype = backend, dtype
-        self._forget()
+    def __init__(self, backend: "tokenizers.Tokenizer", pattern: str, dtype: np.dtype, eot_id: int) -> None:
+        self._backend, self._cutter = backend, Cutter(pattern)
+        self._tables = {lanes: _Table(lanes, n_rows) for lanes, n_rows in _TABLES.items()}
+        self._pool = np.full(1 << 16, eot_id, dtype)  # the ids of all words that are known, behind that of a separator
+        self._used, self._limit = 1, _SPARE_IDS
+        vocab = backend.get_vocab()
+        self._n_bytes = np.zeros(max(vocab.values()) + 1, np.int64)
+        for token, i in vocab.items():
+            self._n_bytes[i] = len(token)  # a character of a byte-level vocabulary is a byte
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of every text, as the tokenizer gives them."""
-        data = bytes([_SEPARATOR]).join([b"", *(text.encode() for text in texts), b""])
-        bytes_N = np.frombuffer(data, np.uint8)
-        start_K, opaque_K = _cut(bytes_N)
+    def encode(self, documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of UTF-8 documents, the end of text before each.
+
+        Returns:
+            the ids one after the other, (T,), and how many each document has, int64, (D,).
+        """
+        data = bytes([SEPARATOR]).join([b"", *documents, bytes(_LONGEST + 1)])
+        bytes_N = np.frombuffer(data, np.uint8)[: -_LONGEST - 1]
+        start_K = self._cutter.cut(bytes_N)
         length_K = np.diff(start_K, append=len(bytes_N))
-        offset_K, count_K = self._look_up(data, start_K, length_K, opaque_K)
-        total_K = np.cumsum(count_K)
-        ids = self._pool[np.repeat(offset_K - total_K + count_K, count_K) + np.arange(total_K[-1])]
-        end_D = total_K[np.flatnonzero(bytes_N[start_K] == _SEPARATOR)]
-        return [ids[a:b] for a, b in zip(end_D[:-1], end_D[1:])]
+        separator_K = bytes_N[start_K] == SEPARATOR
+        ids, counts = [], []
+        for first in range(0, len(start_K), _BLOCK):  # a document may be large
+            if self._used > self._limit:
+                self._clear_away()
+            block = slice(first, first + _BLOCK)
+            value_K = self._look_up(data, start_K[block], length_K[block], separator_K[block])
+            where_T, _ = _spread(value_K)
+            ids.append(self._pool[where_T])
+            counts.append((value_K & _COUNT).view(np.int64))
+        count_D = np.add.reduceat(np.concatenate(counts), np.flatnonzero(separator_K))
+        return np.concatenate(ids)[:-1], count_D[:-1]
 
-    def _forget(self) -> None:
-        n = 1 << _TABLE_BITS
-        self._words: dict[bytes, tuple[int, int]] = {}
-        self._low, self._high, self._lengths = np.zeros(n, np.uint64), np.zeros(n, np.uint64), np.zeros(n, np.uint8)
-        self._offsets, self._counts = np.zeros(n, np.int64), np.zeros(n, np.int64)  # in the pool
-        self._pool = np.zeros(1 << 12, self._dtype)
-        self._used = 0
+    def _look_up(self, data: bytes, start_K: np.ndarray, length_K: np.ndarray, separator_K: np.ndarray) -> np.ndarray:
+        """Where the ids of each word are in the pool, and how many: offset << 32 | count."""
+        every = np.ndarray((len(data) - 7,), "<u8", data, strides=(1,))  # the eight bytes from each place on
+        short = min(self._tables)
+        value_K = self._tables[short].find(_keys(every, start_K, length_K, short))
+        value_K[separator_K] = 1
+        for table, keys, at in self._by_length(every, start_K, length_K, np.flatnonzero(length_K >= 8 * short)):
+            value_K[at] = table.find(keys)
+        new_M = np.flatnonzero(value_K == 0)
+        if len(new_M):
+            value_K[new_M] = self._learn(
+                [data[a : a + n] for a, n in zip(start_K[new_M].tolist(), length_K[new_M].tolist())]
+            )
+            for table, keys, at in self._by_length(every, start_K, length_K, new_M):
+                table.put(keys, value_K[at])
+        return value_K
 
-    def _look_up(
-        self, data: bytes, start_K: np.ndarray, length_K: np.ndarray, opaque_K: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Offset and number of the ids of each word."""
-        if len(self._words) > _MAX_KEPT:
-            self._forget()
-        padded = data + bytes(_MAX_WORD)
-        every = np.ndarray((len(data) + 8,), "<u8", padded, strides=(1,))  # the eight bytes from each place on
-        low_K = every[start_K] & _MASK[np.minimum(length_K, 8)]
-        high_K = every[start_K + 8] & _MASK[np.clip(length_K - 8, 0, 8)] if len(start_K) else low_K
-        slot_K = _hash(low_K, high_K, length_K)
-        hit_K = (self._low[slot_K] == low_K) & (self._high[slot_K] == high_K)
-        hit_K &= (self._lengths[slot_K] == length_K) & (length_K <= _MAX_WORD) & ~opaque_K
-        offset_K, count_K = self._offsets[slot_K], self._counts[slot_K]
-        end_K = np.frombuffer(data, np.uint8)[start_K] == _SEPARATOR
-        count_K[end_K] = 0
-        missed = np.flatnonzero(~hit_K & ~end_K)
-        if len(missed):
-            words = [data[a : a + n] for a, n in zip(start_K[missed].tolist(), length_K[missed].tolist())]
-            offset_K[missed], count_K[missed] = zip(*self._learn(words))
-            keep = missed[(length_K[missed] <= _MAX_WORD) & ~opaque_K[missed]]
-            slots = slot_K[keep]
-            self._low[slots], self._high[slots], self._lengths[slots] = low_K[keep], high_K[keep], length_K[keep]
-            self._offsets[slots], self._counts[slots] = offset_K[keep], count_K[keep]
-        return offset_K, count_K
+    def _by_length(
+        self, every: np.ndarray, start_K: np.ndarray, length_K: np.ndarray, at_M: np.ndarray
+    ) -> Iterator[tuple["_Table", list[np.ndarray], np.ndarray]]:
+        """For some of the words: the table of those of its length, their keys, and which they are."""
+        shorter = 0
+        for lanes, table in self._tables.items():
+            at = at_M[(length_K[at_M] >= shorter) & (length_K[at_M] < 8 * lanes)]
+            if len(at):
+                yield table, _keys(every, start_K[at], length_K[at], lanes), at
+            shorter = 8 * lanes
 
-    def _learn(self, words: list[bytes]) -> list[tuple[int, int]]:
-        """Where the ids of these words are in the pool; new words go through the tokenizer."""
-        new = list(dict.fromkeys(word for word in words if word not in self._words))
-        passing: dict[bytes, tuple[int, int]] = {}  # too long to be remembered
-        if new:
-            encoded = self._backend.encode_batch_fast([word.decode() for word in new], add_special_tokens=False)
-            found = [item.ids for item in encoded]
-            counts = [len(ids) for ids in found]
-            for word, start, n in zip(new, accumulate(counts, initial=self._used), counts):
-                kept = self._words if len(word) <= _MAX_KEPT_BYTES else passing
-                kept[word] = (start, n)
-            self._append(np.array(list(chain.from_iterable(found)), self._dtype))
-        return [self._words.get(word) or passing[word] for word in words]
+    def _learn(self, words: list[bytes]) -> np.ndarray:
+        """Put the ids of words that are not known, some of them the same, into the pool; offset << 32 | count of each."""
+        number = {word: i for i, word in enumerate(dict.fromkeys(words))}
+        (encoded,) = self._backend.encode_batch_fast(
+            [[word.decode() for word in number]], is_pretokenized=True, add_special_tokens=False
+        )
+        ids_T = np.array(encoded.ids, self._pool.dtype)
+        end_T, end_W = np.cumsum(self._n_bytes[ids_T]), np.cumsum([len(word) for word in number])
+        stop_W = np.searchsorted(end_T, end_W) + 1
+        if not np.array_equal(end_T[stop_W - 1], end_W):
+            raise RuntimeError("a byte-level tokenizer whose ids do not stand for the bytes of their words")
+        count_W = np.diff(stop_W, prepend=0)
+        value_W = (self._used + stop_W - count_W).astype(np.uint64) << _COUNT_BITS | count_W.astype(np.uint64)
+        self._append(ids_T)
+        return value_W[[number[word] for word in words]]
 
     def _append(self, ids: np.ndarray) -> None:
         if self._used + len(ids) > len(self._pool):
-            larger = np.zeros(2 * (self._used + len(ids)), self._dtype)
+            larger = np.zeros(2 * (self._used + len(ids)), self._pool.dtype)
             larger[: self._used] = self._pool[: self._used]
             self._pool = larger
         self._pool[self._used : self._used + len(ids)] = ids
         self._used += len(ids)
 
+    def _clear_away(self) -> None:
+        """Leave only ids in the pool that a table refers to."""
+        old, self._pool, self._used = self._pool, self._pool[:1].copy(), 1
+        for table in self._tables.values():
+            value_K = table.values[table.values != 0]
+            where_T, end_K = _spread(value_K)
+            count_K = value_K & _COUNT
+            table.values[table.values != 0] = (self._used + end_K.astype(np.uint64) - count_K) << _COUNT_BITS | count_K
+            self._append(old[where_T])
+        self._limit = self._used + _SPARE_IDS
 
-def _hash(low_K: np.ndarray, high_K: np.ndarray, length_K: np.ndarray) -> np.ndarray:
-    mixed = low_K * np.uint64(0x9E3779B97F4A7C15) ^ high_K * np.uint64(0xC2B2AE3D27D4EB4F)
-    mixed = (mixed ^ (mixed >> np.uint64(29)) ^ length_K.astype(np.uint64)) * np.uint64(0xBF58476D1CE4E5B9)
-    return (mixed >> np.uint64(64 - _TABLE_BITS)).astype(np.int64)
 
+class _Table:
+    """Words of less than `8 * lanes` bytes with a value each, that is not zero.
 
-def _cut(bytes_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    r"""Where words start, and which of them are stretches that the tokenizer has to cut; a separator is a word.
+    A word has two places, a pair of rows. A new one takes the first, what was there goes to the second, and a word found there
+    comes back to the first: what is met again and again stays.
 
-    The pattern is `'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`: of a run of white space
-    the last character stands alone, or leads the word behind it if it is a blank.
+    Shape legend: K words; a key is `lanes` arrays of eight bytes each, (K,), the length in the last byte.
     """
-    class_N = _CLASS[bytes_N]
-    before_N = np.concatenate([[_END], class_N[:-1]]).astype(np.uint8)
-    behind_N = np.concatenate([class_N[1:], [_END]]).astype(np.uint8)
-    white_N = (class_N == _WHITE) | (class_N == _SPACE)
-    white_before_N = (before_N == _WHITE) | (before_N == _SPACE)
-    first_white_N = white_N & ~white_before_N
-    last_white_N = white_N & (behind_N <= _OTHER)
-    start_N = first_white_N | last_white_N | (~white_N & (before_N != class_N) & (before_N != _SPACE))
-    start_N |= class_N == _END
-    _cut_contractions(bytes_N, class_N, start_N)
-    opaque_N = np.zeros(len(bytes_N), bool)
-    foreign_N = (bytes_N >= 0x80) & (class_N != _END)
-    if foreign_N.any():
-        # The pattern always cuts before a blank that follows a printable ASCII character, and before the last white space
-        # that such a one follows; and what stands before the cut is cut as if the text ended there.
-        graphic_N = (bytes_N > 0x20) & (bytes_N < 0x7F)
-        graphic_before_N = np.concatenate([[False], graphic_N[:-1]])
-        graphic_behind_N = np.concatenate([graphic_N[1:], [False]])
-        safe_N = (white_N & graphic_behind_N) | ((class_N == _SPACE) & graphic_before_N)
-        safe_N |= (class_N == _END) | (before_N == _END)
-        place_S = np.flatnonzero(safe_N)
-        foreign_S = np.logical_or.reduceat(foreign_N, place_S)
-        inside_N = np.repeat(foreign_S, np.diff(place_S, append=len(bytes_N)))
-        start_N = np.where(inside_N, safe_N, start_N)
-        opaque_N = inside_N
-    start_K = np.flatnonzero(start_N)
-    return start_K, opaque_N[start_K]
+
+    def __init__(self, lanes: int, n_rows: int) -> None:
+        self._rows = np.zeros((n_rows, lanes + 1), np.uint64)
+        self._shift = np.uint64(64 - (n_rows.bit_length() - 2))  # of a hash, to the number of a pair of rows
+        self.values = self._rows[:, -1]
+
+    def find(self, keys: list[np.ndarray]) -> np.ndarray:
+        """Values of words, (K,); zero where one is not known."""
+        slot_K = self._slots(keys)
+        row_K = np.take(self._rows, slot_K, axis=0, mode="clip")
+        value_K = row_K[:, -1] * _same(row_K, keys)
+        missed_M = np.flatnonzero(value_K == 0)
+        if len(missed_M):
+            first_M = slot_K[missed_M]
+            row_M = self._rows[first_M ^ 1]
+            same_M = _same(row_M, [key[missed_M] for key in keys])
+            value_K[missed_M] = row_M[:, -1] * same_M
+            first = first_M[same_M]
+            self._rows[first], self._rows[first ^ 1] = self._rows[first ^ 1], self._rows[first]
+        return value_K
+
+    def put(self, keys: list[np.ndarray], value_K: np.ndarray) -> None:
+        """Remember words that were not found; of several with the same pair, the last."""
+        slot_K = self._slots(keys)
+        self._rows[slot_K ^ 1] = self._rows[slot_K]
+        self._rows[slot_K] = np.stack([*keys, value_K], axis=1)
+
+    def _slots(self, keys: list[np.ndarray]) -> np.ndarray:
+        mixed_K = keys[0] * _FACTORS[0]
+        for key, factor in zip(keys[1:], _FACTORS[1:]):
+            mixed_K ^= key * factor
+        mixed_K ^= mixed_K >> np.uint64(29)
+        mixed_K *= _FACTOR
+        mixed_K >>= self._shift
+        mixed_K <<= np.uint64(1)
+        return mixed_K.view(np.int64)
 
 
-def _cut_contractions(bytes_N: np.ndarray, class_N: np.ndarray, start_N: np.ndarray) -> None:
-    """A word may begin with an apostrophe and one of seven endings, which are then a word of their own."""
-    at = np.flatnonzero((bytes_N == _APOSTROPHE) & start_N)
-    for word in _CONTRACTIONS:
-        here = at[at + len(word) < len(bytes_N)]
-        for i, byte in enumerate(word[1:], 1):
-            here = here[bytes_N[here + i] == byte]
-        start_N[here + 1] = False
-        start_N[here + len(word)] |= class_N[here + len(word)] == _LETTER
+def _same(row_K: np.ndarray, keys: list[np.ndarray]) -> np.ndarray:
+    same_K = row_K[:, 0] == keys[0]
+    for i, key in enumerate(keys[1:], 1):
+        same_K &= row_K[:, i] == key
+    return same_K
+
+
+def _keys(every: np.ndarray, start_K: np.ndarray, length_K: np.ndarray, lanes: int) -> list[np.ndarray]:
+    """The bytes of words, eight to an array, and their length in the last byte: equal keys are equal words below `8 * lanes`."""
+    keys = [every[start_K + 8 * i] & np.take(_MASKS, length_K - 8 * i, mode="clip") for i in range(lanes)]
+    keys[-1] &= ~_LENGTHS[-1]
+    keys[-1] |= np.take(_LENGTHS, length_K, mode="clip")
+    return keys
+
+
+def _spread(value_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places in the pool of all ids of words, (T,), and how many ids there are up to the end of each word, (K,)."""
+    count_K = (value_K & _COUNT).view(np.int64)
+    end_K = np.cumsum(count_K)
+    first_K = (value_K >> _COUNT_BITS).view(np.int64)
+    where_T = np.repeat(first_K - end_K + count_K, count_K)
+    where_T += np.arange(len(where_T))
+    return where_T, end_K

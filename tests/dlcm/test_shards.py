@@ -9,7 +9,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from dlcm import build, shards
+from dlcm import build, encoders, shards
 from dlcm.config import DataConfig
 from dlcm.errors import UserError
 from dlcm.shards import open_corpus
@@ -244,9 +244,10 @@ def test_processes_that_build_at_once_leave_one_correct_cache(cache, config, cor
 
 KILLED = """
 import os, signal, sys
-from dlcm import build, shards
+from dlcm import build, encoders, shards
 from dlcm.config import DataConfig
-build._GROUP_CHARS, build.JOURNAL_BYTES = 2000, 4000
+build._GROUP_BYTES, build.JOURNAL_BYTES = 2000, 4000
+encoders.n_processes, encoders._WORTH_BYTES = (lambda: int(sys.argv[3])), 0
 calls = []
 def progress(what, done, total):
     calls.append(what)
@@ -256,17 +257,33 @@ shards.open_corpus(DataConfig.model_validate_json(sys.argv[1]), progress)
 """
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe-400"])
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("n_processes", [2, 3])
+def test_several_processes_write_the_bytes_of_one(n_processes, cache, config, corpus, monkeypatch):
+    monkeypatch.setattr(build, "_GROUP_BYTES", 2000)
+    monkeypatch.setattr(encoders, "_WORTH_BYTES", 10_000)
+    monkeypatch.setattr(encoders, "n_processes", lambda: n_processes)
+    started = []
+    real = encoders._Process
+    monkeypatch.setattr(encoders, "_Process", lambda spec: started.append(1) or real(spec))
+    assert contents(open_corpus(config).folder) == contents(corpus.folder)
+    assert len(started) == n_processes
+
+
+@pytest.mark.parametrize(("tokenizer", "n_processes"), [("bytes", 1), ("bpe-400", 1), ("bpe-400", 2)])
 def test_a_build_that_is_killed_again_and_again_goes_on_and_ends_as_one_that_was_not(
-    tokenizer, cache, config, monkeypatch
+    tokenizer, n_processes, cache, config, monkeypatch
 ):
     config = config.model_copy(update={"tokenizer": tokenizer})
-    monkeypatch.setattr(build, "_GROUP_CHARS", 2000)
+    monkeypatch.setattr(build, "_GROUP_BYTES", 2000)
     monkeypatch.setenv("DLCM_CACHE", str(cache / "whole"))
     whole = open_corpus(config)
     monkeypatch.setenv("DLCM_CACHE", str(cache / "torn"))
     for after in (1, 3, 5):
-        command = [sys.executable, "-c", KILLED, config.model_dump_json(), str(after)]
+        command = [sys.executable, "-c", KILLED, config.model_dump_json(), str(after), str(n_processes)]
         assert subprocess.run(command, env=dict(os.environ)).returncode == -signal.SIGKILL
         assert [path.name for path in (cache / "torn").glob("*") if not path.name.startswith(".")] == []
     (partial,) = (cache / "torn").glob(".*.partial")
@@ -275,18 +292,15 @@ def test_a_build_that_is_killed_again_and_again_goes_on_and_ends_as_one_that_was
     with (partial / "train-00000.bin").open("ab") as file:  # what came after the journal, torn
         file.write(b"torn!")
     encoded = []
-    real = Tokenizer.encode_batch
-    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: encoded.extend(texts) or real(self, texts))
+    real = Tokenizer.encode_documents
+    monkeypatch.setattr(Tokenizer, "encode_documents", lambda self, new: encoded.extend(new) or real(self, new))
     again = open_corpus(config)
-    assert sum(len(text.encode()) for text in encoded) == whole.train.n_bytes + whole.validation.n_bytes - done["read"]
-    names = sorted(path.name for path in whole.folder.iterdir())
-    assert sorted(path.name for path in again.folder.iterdir()) == names
-    for name in names:
-        assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
+    assert sum(map(len, encoded)) == whole.train.n_bytes + whole.validation.n_bytes - done["read"]
+    assert contents(again.folder) == contents(whole.folder)
     assert not list((cache / "torn").glob(".*.partial"))
 
 
-@pytest.mark.parametrize("size", [7, 64, 1_000])
+@pytest.mark.parametrize("size", [29, 64, 1_000])
 def test_a_stream_in_many_files_reads_as_one(size, cache, config, corpus, monkeypatch):
     monkeypatch.setattr(build, "SHARD_TOKENS", size)
     cut = open_corpus(config)
@@ -303,8 +317,11 @@ def test_a_stream_in_many_files_reads_as_one(size, cache, config, corpus, monkey
     np.testing.assert_array_equal(cut.train.batch(5, **draw).tokens_T, corpus.train.batch(5, **draw).tokens_T)
 
 
-def test_memory_does_not_grow_with_the_corpus(cache, tmp_path):
+@pytest.mark.parametrize(("tokenizer", "n_processes"), [("bytes", 1), ("bpe-300", 1), ("bpe-300", 2)])
+def test_memory_does_not_grow_with_the_corpus(tokenizer, n_processes, cache, tmp_path, monkeypatch):
     """Eight times the text, and no more than a few megabytes on top."""
+    monkeypatch.setattr(encoders, "n_processes", lambda: n_processes)
+    monkeypatch.setattr(encoders, "_WORTH_BYTES", 0)
     grown = []
     for n in (4, 32):
         path = tmp_path / f"{n}.txt"
@@ -312,7 +329,7 @@ def test_memory_does_not_grow_with_the_corpus(cache, tmp_path):
             for i in range(n * 2_000):
                 file.write(f"line {i * 7919 % 100_003} of some text that is long enough to matter, {i % 97}\n" * 8)
         tracemalloc.start()
-        open_corpus(DataConfig(corpus=str(path), tokenizer="bytes"))
+        open_corpus(DataConfig(corpus=str(path), tokenizer=tokenizer))
         grown.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert grown[1] < grown[0] + 8e6
