@@ -337,12 +337,12 @@ def sample_training(source: Source, share: float, n_bytes: float, progress: Prog
     texts, read, told, taken, content = [], 0, 0, 0, b""
     for text in source.documents():
         read += len(text)
-        split_hash, sample_hash, digest = _hashes(text)
-        content = hashlib.sha256(content + digest).digest()
+        split_hash, sample_hash = _hashes(text)
+        content = hashlib.sha256(content + content_digest(text.encode())).digest()
         if split_hash >= threshold and sample_hash < rate and taken < most:
             taken += len(text.encode())
             texts.append(text)
-        if read - told >= _GROUP_CHARS:
+        if read - told >= _GROUP_BYTES:
             progress("sampling text for the tokenizer", read, size)
             told = read
     return texts, content.hex()
