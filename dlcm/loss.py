@@ -85,8 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_TW, grad_VW = ctx.saved_tensors
         of_x, of_weight = ctx.dtypes
-        # In place: another gradient of the unembedding would stand beside all activations. A second pass is refused by autograd.
-        return grad_TW.mul_(grad_sum).to(of_x), grad_VW.mul_(grad_sum).to(of_weight), None, None, None
+        return (grad_TW * grad_sum).to(of_x), (grad_VW * grad_sum).to(of_weight), None, None, None
 
 
 def _softmax(x_cW: Tensor, weight_VW: Tensor, target_c1: Tensor, room_cV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
