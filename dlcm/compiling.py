@@ -1,7 +1,7 @@
 """Whether a run compiles its stacks: as the config says, or, with `auto`, where a measurement says that it pays.
 
-On a CPU `auto` never compiles: the compiled step is no faster there (`benchmarks/compile.py`), and a run must be the same
-bits whatever a clock says. On a GPU the first run of a shape measures a few steps of both kinds and leaves the figures in
+On a CPU `auto` never compiles: a DLCM's step is no faster there, the compilation takes most of a minute, and a run must be the
+same bits whatever a clock says. On a GPU the first run of a shape measures a few steps of both kinds and leaves the figures in
 `$DLCM_CACHE/compile/`, where the next runs of that shape find them. A run that goes on keeps the choice it began with.
 
 What the compiler makes is kept in `$DLCM_CACHE/inductor` (or `TORCHINDUCTOR_CACHE_DIR`), so that of the runs of one shape only
