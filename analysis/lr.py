@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from analysis.lr_curve import Curve
 from analysis.plots import BLACK, BLUE, FONT, GREEN, ORANGE, PURPLE, SMALL, VERMILION
 from dlcm.errors import UserError
 
 Array = np.ndarray
 MAX_SHIFT_STEPS = 1.0
-# Within two steps of x1.5 the loss is a parabola in the log of the rate; farther off its sides are unequally steep.
-WINDOW_STEPS = 2.0
 N_DRAWS = 1000
 _NEEDED = (
     "params_total", "params_embedding", "lr_token", "lr_concept", "loss_nats", "status", "d_token", "d_token_base",
@@ -31,103 +31,6 @@ _STYLES = (
     (ORANGE, "P", "-"),
     (BLACK, "s", "--"),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """Loss over the base learning rate at one size, both rates equal.
-
-    The best rate is the vertex of a parabola in the log of the rate, fitted to all runs within `WINDOW_STEPS` of the rate of
-    lowest mean loss: that rate itself moves by whole steps of the grid with the noise of a seed.
-
-    Attributes:
-        parametrization: `mup`: one base width for all sizes; `standard`: each size is its own.
-        n: non-embedding parameters.
-        d_token: token width.
-        step: ratio of neighbouring rates of the grid.
-        runs: base learning rate and validation loss in nats of each run; infinite where it diverged.
-    """
-
-    parametrization: str
-    n: int
-    d_token: int
-    step: float
-    runs: tuple[tuple[float, float], ...]
-
-    @functools.cached_property
-    def means(self) -> dict[float, float]:
-        """Mean loss over seeds by rate, ascending; infinite where a run diverged."""
-        by_rate: dict[float, list[float]] = {}
-        for rate, loss in sorted(self.runs):
-            by_rate.setdefault(rate, []).append(loss)
-        return {rate: float(np.mean(losses)) for rate, losses in by_rate.items()}
-
-    @property
-    def lowest(self) -> float:
-        """The grid's rate of least mean loss."""
-        return min(self.means, key=lambda rate: self.means[rate])
-
-    @functools.cached_property
-    def _window(self) -> tuple[Array, Array]:
-        """Steps from the lowest rate, and losses, of the runs that the parabola is fitted to."""
-        steps = np.array([np.log(rate / self.lowest) / np.log(self.step) for rate, _ in self.runs])
-        losses = np.array([loss for _, loss in self.runs])
-        near = (np.abs(steps) <= WINDOW_STEPS + 1e-9) & np.isfinite(losses)
-        return steps[near], losses[near]
-
-    @functools.cached_property
-    def parabola(self) -> Array | None:
-        """Coefficients in steps from the lowest rate, highest power first; None where the runs do not bend upwards."""
-        steps, losses = self._window
-        if len(np.unique(steps)) < 3:
-            return None
-        found = np.polyfit(steps, losses, 2)
-        return found if found[0] > 0 else None
-
-    @property
-    def is_inside(self) -> bool:
-        """Whether the best rate lies between rates that were tried."""
-        return self.parabola is not None and min(self.means) < self.best < max(self.means)
-
-    @property
-    def best(self) -> float:
-        """Vertex of the parabola, at most half a step outside of what was tried; the lowest rate where there is none."""
-        if self.parabola is None:
-            return self.lowest
-        return float(self._rate(_vertex(self.parabola)))
-
-    def _rate(self, steps: Any) -> Any:
-        tried = np.log(np.array([min(self.means), max(self.means)]) / self.lowest) / np.log(self.step)
-        return self.lowest * self.step ** np.clip(steps, tried[0] - 0.5, tried[1] + 0.5)
-
-    @property
-    def residual(self) -> tuple[float, int]:
-        """Sum of squared residuals of the parabola, and the degrees of freedom that they have."""
-        steps, losses = self._window
-        if self.parabola is None:
-            return 0.0, 0
-        return float(np.sum((losses - np.polyval(self.parabola, steps)) ** 2)), len(steps) - 3
-
-    def draws(self, rng: np.random.Generator, sigmas: Array) -> Array:
-        """Best rates of parabolas that the runs allow, one for each standard deviation of a run's loss in `sigmas`."""
-        if self.parabola is None:
-            return np.full(len(sigmas), self.lowest)
-        design = np.vander(self._window[0], 3)
-        root = np.linalg.cholesky(np.linalg.inv(design.T @ design))
-        a, b, _ = (self.parabola + sigmas[:, None] * (rng.normal(size=(len(sigmas), 3)) @ root.T)).T
-        vertices = np.where(a > 0, -b / (2 * np.where(a > 0, a, 1.0)), np.where(b > 0, -np.inf, np.inf))
-        return self._rate(vertices)
-
-    def excess(self, rate: float) -> float:
-        """Loss of a rate above that of the best one, by the parabola in its window, by the means outside of it; nats."""
-        steps = np.log(rate / self.lowest) / np.log(self.step)
-        if self.parabola is not None and abs(steps) <= WINDOW_STEPS + 1e-9:
-            return float(np.polyval(self.parabola, steps) - np.polyval(self.parabola, _vertex(self.parabola)))
-        return self.means[rate] - self.means[self.lowest]
-
-
-def _vertex(parabola: Array) -> float:
-    return -parabola[1] / (2 * parabola[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,17 +258,21 @@ def plot_transfer(ax: Axes, transfer: Transfer, parametrization: str) -> Axes:
         rates, losses = np.array(c.runs).T
         shown = np.isfinite(losses)
         ax.plot(rates[shown], losses[shown], color=colour, marker=marker, ls="", ms=2.5, alpha=0.6)
-        label = f"{c.n / 1e6:.2g}M"
+        label = f"N = {c.n / 1e6:.2g}M"
         if c.parabola is None:
             ax.plot(list(c.means), list(c.means.values()), color=colour, ls=line, lw=1, label=label)
             continue
-        steps = np.linspace(c._window[0].min(), c._window[0].max(), 101)
+        steps = np.linspace(c.window[0].min(), c.window[0].max(), 101)
         ax.plot(c.lowest * c.step**steps, np.polyval(c.parabola, steps), color=colour, ls=line, lw=1, label=label)
         height = float(np.polyval(c.parabola, np.log(c.best / c.lowest) / np.log(c.step)))
         if (found := transfer.interval(c)) is not None:
             ax.plot(found, [height, height], color=colour, lw=2.2, alpha=0.5, solid_capstyle="butt")
         ax.plot(c.best, height, marker="*", ms=8, color=colour, markeredgecolor=BLACK, markeredgewidth=0.5)
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.margins(y=0.12)
     ax.set_xlabel("base learning rate", fontsize=FONT)
     ax.set_ylabel("validation loss (nats)", fontsize=FONT)
     shift, sure = transfer.shift(parametrization), transfer.shift_interval(parametrization)
@@ -373,7 +280,7 @@ def plot_transfer(ax: Axes, transfer: Transfer, parametrization: str) -> Axes:
     told = "" if shift is None else f": moves {shift:.1f}{interval} steps"
     ax.set_title(f"{'muP' if parametrization == 'mup' else parametrization}{told}", fontsize=FONT)
     ax.tick_params(labelsize=SMALL)
-    ax.legend(fontsize=SMALL, frameon=False, title="N", title_fontsize=SMALL)
+    ax.legend(fontsize=SMALL, frameon=False, ncols=3, loc="upper center", columnspacing=1.0, handlelength=1.6)
     return ax
 
 
