@@ -195,20 +195,12 @@ class Model(nn.Module):
             attends, reads = [attend] * len(self.decoder), [self._read(segments)] * self.config.n_cross_attentions
             x_TW = self._stack("decode")(x_TW, concepts, rotary, attends, reads)
             parts |= {"concepts": concepts.z_KC[: segments.n_concepts], "decoder": x_TW}
+        scales = {name: mean_square(x) for name, x in parts.items()} if with_scales else None
+        found = (decision_T.view(shape), prob_T.view(shape), segments, detection)
         if targets is None:
-            logits_TV, losses = self.head(x_TW), {}
-        else:
-            total, nats_T = linear_cross_entropy(self.last(x_TW), self.unembedding.weight, targets.flatten())
-            logits_TV, losses = x_TW[:, :0], {"loss_sum": total, "nats": nats_T.view(shape)}
-        return Output(
-            logits_TV.unflatten(0, shape) if len(shape) > 1 else logits_TV,
-            decision_T.view(shape),
-            prob_T.view(shape),
-            segments,
-            detection,
-            **losses,
-            scales={name: mean_square(x) for name, x in parts.items()} if with_scales else None,
-        )
+            return Output(self.head(x_TW).unflatten(0, shape), *found, scales=scales)
+        total, nats_T = linear_cross_entropy(self.last(x_TW), self.unembedding.weight, targets.flatten())
+        return Output(x_TW[:, :0].unflatten(0, shape), *found, total, nats_T.view(shape), scales)
 
     def new_cache(self, batch_size: int) -> Cache:
         """The state of rows that have had no token yet; pass it to `model(tokens_Bt, cache=cache)` with their next tokens."""

@@ -13,7 +13,7 @@ is at work (`gathered`): weights and gradients outside of blocks, and twice thos
 travel in. Casts are not shared: autograd keeps them.
 
 Checked on a CPU (`tests/flops/test_memory.py`): activations and casts are what autograd saves, to the byte, at 14 shapes in fp32
-and in bf16; the total is 0.92 to 1.11 of the allocator's peak of a real step at 16. With one micro-batch it errs on the high
+and in bf16; the total is 0.94 to 1.11 of the allocator's peak of a real step at 16. With one micro-batch it errs on the high
 side, by 4 bytes a parameter at most: gradients come as activations go. The rest is the mask of token-to-concept attention.
 
 A GPU is not a CPU in three respects. Norms are computed in fp32 (`rms_norm` is on CUDA's autocast list), so that every matrix
@@ -291,10 +291,11 @@ def _cross(c: ModelConfig, rules: _Rules, n_tokens: float, n_concepts: float) ->
 def _head(c: ModelConfig, rules: _Rules, n_tokens: float) -> float:
     """Bytes of cross-entropy at work on a chunk: its logits in fp32, which become their exponentials.
 
-    Under autocast also a bf16 copy of them, a bf16 copy of the unembedding, and its gradient by the chunk.
+    Under autocast also a bf16 copy of them, a bf16 copy of the unembedding, and its gradient by the chunk; and its input, which
+    nothing keeps, in fp32 and in bf16.
     """
     logits = chunk_rows(int(n_tokens), c.vocab_size, "cuda" if rules.gpu else "cpu") * c.vocab_size
-    return 6 * logits + 4 * c.vocab_size * c.d_token if rules.bf16 else 4 * logits
+    return 6 * (logits + n_tokens * c.d_token) + 4 * c.vocab_size * c.d_token if rules.bf16 else 4 * logits
 
 
 def _work(c: ModelConfig, rules: _Rules, n_tokens: float) -> float:

@@ -113,9 +113,8 @@ def resubmit(
     with _submit_lock(sweep_dir):
         sweep = load_sweep(sweep_dir)
         check_trackers(sweep.spec.track)
-        at_once = (
-            "array_parallelism" if resolve_target(cluster, sweep.spec.cluster).scheduler == "slurm" else "concurrency"
-        )
+        is_slurm = resolve_target(cluster, sweep.spec.cluster).scheduler == "slurm"
+        at_once = "array_parallelism" if is_slurm else "concurrency"
         given = {at_once: concurrency, "threads": threads, "runs_per_task": runs_per_task}
         merged = {**(settings or {}), **{key: value for key, value in given.items() if value is not None}}
         target = resolve_target(cluster, sweep.spec.cluster, merged)

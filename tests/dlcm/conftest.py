@@ -70,3 +70,17 @@ def random_tokens(n: int, seed: int) -> torch.Tensor:
 @pytest.fixture
 def tokens():
     return random_tokens
+
+
+class Killed(Exception):
+    """What ends a training from outside."""
+
+
+def kill_at(step: int):
+    """An `on_step` that ends the training after a step."""
+
+    def on_step(progress):
+        if progress.step == step:
+            raise Killed
+
+    return on_step

@@ -24,7 +24,7 @@ def inputs(n, heads, groups, length, width, factor=1.0):
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
 
 
-def compare(q, k, v, scale=0.3):
+def assert_gradients_match(q, k, v, scale=0.3):
     out, lse = dense(q, k, v, scale)
     d_out = torch.linspace(-1.0, 1.0, out.numel(), dtype=torch.float64).view_as(out)
     expected = torch.autograd.grad((out * d_out).sum(), (q, k, v))
@@ -37,7 +37,7 @@ def compare(q, k, v, scale=0.3):
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 200])
 @pytest.mark.parametrize(("heads", "groups"), [(3, 3), (4, 2), (4, 1)])
 def test_gradients_are_those_of_a_dense_mask(length, heads, groups):
-    compare(*inputs(2, heads, groups, length, 8))
+    assert_gradients_match(*inputs(2, heads, groups, length, 8))
 
 
 @pytest.mark.parametrize("scores", [1, 1 << 12])
@@ -45,12 +45,12 @@ def test_blocks_chunks_and_parts_of_the_heads_do_not_matter(scores, monkeypatch)
     monkeypatch.setattr(causal_blocks, "_BLOCK", 8)
     monkeypatch.setattr(causal_blocks, "_QUERIES", 16)
     monkeypatch.setattr(causal_blocks, "_SCORES", scores)
-    compare(*inputs(2, 4, 2, 50, 8))
+    assert_gradients_match(*inputs(2, 4, 2, 50, 8))
 
 
 def test_scores_far_apart_stay_finite():
     # Keys behind a query may score so much more than those before it that their exponentials would be infinite.
-    compare(*inputs(1, 2, 2, 70, 8, factor=30.0))
+    assert_gradients_match(*inputs(1, 2, 2, 70, 8, factor=30.0))
 
 
 def test_a_row_whose_log_sum_exp_is_infinity_weighs_nothing():

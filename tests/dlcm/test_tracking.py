@@ -11,7 +11,7 @@ from dlcm.errors import UserError
 from dlcm.record import read_metrics
 from dlcm.tracking import Tracking, check_trackers
 from dlcm.train import train
-from tests.dlcm.conftest import dense_config
+from tests.dlcm.conftest import Killed, dense_config, kill_at
 
 # Both load libraries that take seconds to import.
 pytestmark = pytest.mark.slow
@@ -29,18 +29,6 @@ def config(tmp_path, monkeypatch):
             "train": {"tokens": 12 * 256, "batch_tokens": 256, "log_every": 2, "checkpoint_every": 4},
         }
     )
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_at(step):
-    def on_step(progress):
-        if progress.step == step:
-            raise Killed
-
-    return on_step
 
 
 def scalars(run_dir, tag):

@@ -18,7 +18,7 @@ from dlcm.shards import open_corpus
 from dlcm.train import load_result, train
 from dlcm.trainer import Trainer
 from dlcm.validation import evaluate_loss
-from tests.dlcm.conftest import awake, dense_config, small_config
+from tests.dlcm.conftest import Killed, awake, dense_config, kill_at, small_config
 
 VOCAB = 257
 
@@ -47,18 +47,6 @@ def make_config(corpus_path, model=None, **train_fields) -> RunConfig:
         optim={"lr_token": 1e-2, "lr_concept": 1e-2},
         train=fields,
     )
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_at(step):
-    def on_step(progress):
-        if progress.step == step:
-            raise Killed
-
-    return on_step
 
 
 def record_of(run_dir):

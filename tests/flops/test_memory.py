@@ -225,10 +225,11 @@ def test_the_total_is_close_to_the_allocators_peak(name, vocab_size, precision, 
     found = memory(model, 512, bf16=precision == "bf16", gpu=False, evaluation_tokens=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ratio = found.total / peak_bytes(config)
-    # With one micro-batch the gradients are not there yet when the activations are; masks of the attention and, in bf16, the
-    # rows that the gradient of an unfused norm has at work are not counted.
-    assert 0.92 < ratio < (1.12 if n_micro == 1 else 1.01)
+        peak = peak_bytes(config)
+    # Masks of the attention are not counted. With one micro-batch the gradients are not there yet when the activations are.
+    assert found.total / peak > 0.94
+    early = found.gradients if n_micro == 1 else 0
+    assert found.total - early < (1.02 if n_micro == 1 else 1.01) * peak
 
 
 def test_the_batch_of_validation_is_that_of_the_code():
