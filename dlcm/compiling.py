@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from dlcm.attention import check_compilable
+from dlcm.backends import varlen
 from dlcm.config import SCHEMA_VERSION, RunConfig, canonical_json
 from dlcm.errors import UserError
 from dlcm.record import read_json, write_json
@@ -76,7 +77,7 @@ def choose_compile(
     asked = config.train.compile
     if asked != "auto":
         return asked
-    if device == "cpu" or not _is_compilable(config):
+    if device == "cpu" or not _is_compilable(config, device):
         return False
     begun = run_dir / "env.json"
     before = agree(read_json(begun).get("compiled") if begun.exists() else None)
@@ -116,9 +117,11 @@ def keep_compiled() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "inductor"))
 
 
-def _is_compilable(config: RunConfig) -> bool:
+def _is_compilable(config: RunConfig, device: str) -> bool:
+    """Whether the compiled graph has kernels for this run on a GPU: its attention is that of flash, in half precision alone."""
     try:
         check_compilable(config.model.attention_backend)
+        varlen.check(torch.bfloat16 if config.train.is_bf16(device) else torch.float32, config.model.d_head)
     except UserError:
         return False
     return True

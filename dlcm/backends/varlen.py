@@ -39,7 +39,7 @@ def self_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, packing: Packing
     Raises:
         UserError: dtype or head width that the kernels do not take.
     """
-    _check(q_THA)
+    check(q_THA.dtype, q_THA.shape[-1])
     if not q_THA.shape[0]:
         return torch.zeros_like(q_THA)
     cu_S1, longest = _bounds(packing)
@@ -69,7 +69,7 @@ def forward(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, packing: Packing) -> tu
     Raises:
         UserError: dtype or head width that the kernel does not take.
     """
-    _check(q_THA)
+    check(q_THA.dtype, q_THA.shape[-1])
     cu_S1, longest = _bounds(packing)
     if not q_THA.shape[0]:
         return torch.zeros_like(q_THA), q_THA.new_zeros(q_THA.shape[:2], dtype=torch.float32)
@@ -135,11 +135,15 @@ def _bounds(packing: Packing) -> tuple[Tensor, int]:
     return kept
 
 
-def _check(q_THA: Tensor) -> None:
-    width = q_THA.shape[-1]
-    if q_THA.dtype not in _DTYPES:
+def check(dtype: torch.dtype, width: int) -> None:
+    """Refuse queries that the kernels do not take.
+
+    Raises:
+        UserError: another dtype than bf16 or fp16, or heads of another width than a multiple of 8 up to 256.
+    """
+    if dtype not in _DTYPES:
         raise UserError(
-            f"flash attention takes bf16 and fp16, not {str(q_THA.dtype).removeprefix('torch.')}; "
+            f"flash attention takes bf16 and fp16, not {str(dtype).removeprefix('torch.')}; "
             "set train.precision: bf16, or attention_backend: sdpa without compiling"
         )
     if width % _WIDTH_MULTIPLE or width > _MAX_WIDTH:

@@ -89,10 +89,17 @@ def test_a_run_that_goes_on_keeps_the_choice_it_began_with(tmp_path):
     assert clock.calls == []
 
 
-def test_an_attention_that_cannot_be_compiled_is_left_alone(tmp_path):
-    model = small_config(attention_backend="reference").model_dump()
-    run = RunConfig.model_validate({**config().model_dump(), "model": model})
-    assert not choose_compile(run, tmp_path, "cuda", "GPU", Clock(1.0, 0.1, 1.0))
+@pytest.mark.parametrize(
+    ("model", "train"),
+    [({"attention_backend": "reference"}, {}), ({}, {"precision": "fp32"}), ({"d_head": 4}, {})],
+    ids=["no operator of its own", "flash takes no fp32", "flash takes no heads of 4"],
+)
+def test_an_attention_that_cannot_be_compiled_is_left_alone(model, train, tmp_path):
+    model = small_config(**model).model_dump()
+    run = RunConfig.model_validate({**config(**train).model_dump(), "model": model})
+    clock = Clock(1.0, 0.1, 1.0)
+    assert not choose_compile(run, tmp_path, "cuda", "GPU", clock)
+    assert clock.calls == []
 
 
 def test_ranks_do_what_rank_zero_knows(tmp_path):

@@ -136,10 +136,10 @@ FAULTS = {
 
 
 def copy_of_the_project(folder: Path) -> Path:
-    """The package, its tests and the settings of pytest."""
+    """The package, the one that registers a meter with it, the tests and the settings of pytest."""
     ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "dlcm", folder / "dlcm", ignore=ignored)
-    shutil.copytree(ROOT / "tests" / "dlcm", folder / "tests" / "dlcm", ignore=ignored)
+    for name in ("dlcm", "flops", "tests/dlcm"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     for name in ("tests/__init__.py", "tests/conftest.py", "pyproject.toml"):
         shutil.copy(ROOT / name, folder / name)
     return folder

@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.metadata import EntryPoint
 from itertools import count as from_zero
 
 import numpy as np
@@ -98,6 +99,21 @@ def test_mfu_is_flops_a_second_over_the_peak_of_the_device():
     expected = count(config.model, 256, 2.5).training_per_token * 1e6 / (2 * 989.4e12)  # bf16 peak of the datasheet
     assert meter(1e6, 2.5) == pytest.approx(expected, rel=1e-12)
     assert load_meter(config, {**environment, "device": "an unknown card"}) is None
+
+
+def test_a_meter_that_fails_is_left_out(monkeypatch, capsys):
+    broken = EntryPoint("mfu", "no_such_module:meter", "dlcm.meters")
+    working = EntryPoint("mfu", "tests.dlcm.test_watched:constant_meter", "dlcm.meters")
+    monkeypatch.setattr("dlcm.meter.entry_points", lambda group: [broken, working])
+    meter = load_meter(RunConfig.model_validate({"model": small_config().model_dump(), "train": {"tokens": 4096}}), {})
+    assert meter is not None
+    assert meter(1e6, 2.5) == 0.25
+    said = "warning: meter no_such_module:meter is left out (ModuleNotFoundError: No module named 'no_such_module')\n"
+    assert capsys.readouterr().err == said
+
+
+def constant_meter(config, environment):
+    return lambda tokens_per_s, ratio: 0.25
 
 
 def test_progress_tells_speed_time_left_and_mfu(text, tmp_path, monkeypatch):
