@@ -1,5 +1,6 @@
 """The closed form of memory against autograd's own record of saved tensors, and against the allocator's peak of a real step."""
 
+import gc
 import warnings
 from pathlib import Path
 
@@ -179,6 +180,7 @@ def test_states_are_sixteen_bytes_a_parameter(name):
 
 def peak_bytes(config: RunConfig) -> int:
     """Most bytes that torch had allocated at once, from before the model was built to the end of its second step."""
+    gc.collect()  # what is freed while it is measured must have been allocated then
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         steps = step_seconds(config, synthetic_corpus(config))
         next(steps)
