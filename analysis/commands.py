@@ -6,14 +6,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from analysis.data_commands import register as register_data
+from analysis.figure_commands import register as register_figures
+from analysis.judge_commands import register as register_judges
+from analysis.law_commands import BoundsOption, FamilyOption, LawName, TargetOption, chosen_law, laws_verb
+from analysis.optimum_commands import OwnCost, Vocabulary, Window
+from analysis.optimum_commands import register as register_optimum
+from analysis.verbs import ColumnsOption, DropOption, ExcludeOption, WhereOption, check_figure, load, progress, show
 
+if TYPE_CHECKING:
     from analysis.data import ResultsData
     from analysis.result import FitResult
-    from analysis.search import Cost
 
 app = typer.Typer(help="What the runs say: laws, optimum, plots, tables.", no_args_is_help=True, rich_markup_mode=None)
+app.command("laws")(laws_verb)
 
 
 class NChoice(StrEnum):
@@ -21,6 +27,7 @@ class NChoice(StrEnum):
 
     non_embedding = "non_embedding"
     total = "total"
+    both = "both"
 
 
 class TableFormat(StrEnum):
@@ -29,127 +36,108 @@ class TableFormat(StrEnum):
     csv = "csv"
     md = "md"
     tex = "tex"
+    parquet = "parquet"
 
 
 Results = Annotated[Path, typer.Argument(metavar="RESULTS", help="results.parquet or .csv, or a sweep folder")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
-LawName = Annotated[str, typer.Option("--law", help="chinchilla, compression_aware, overtrained or decay_gain")]
 LossName = Annotated[str, typer.Option("--loss", help="log_huber, log_mse or mse")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="seeds starts and bootstrap")]
 Refits = Annotated[int, typer.Option("--bootstrap", min=0, help="refits for the 95% intervals; 0 for none")]
 Budget = Annotated[float | None, typer.Option("--budget", help="training FLOPs; the largest that was run by default")]
-Vocabulary = Annotated[
-    int | None, typer.Option("--vocab-size", min=1, help="prices shapes where the results stand apart from their sweep")
-]
 
 
 @app.command("fit")
 def fit_verb(
     results: Results,
     law: LawName = "compression_aware",
-    n: Annotated[NChoice, typer.Option("--n", help="which parameters count as N")] = NChoice.non_embedding,
+    n: Annotated[
+        NChoice | None,
+        typer.Option("--n", help="which parameters count as N, non_embedding by default; or the two beside each other"),
+    ] = None,
     loss: LossName = "log_huber",
     seed: Seed = 0,
-    bootstrap: Refits = 200,
+    bootstrap: Refits = 1000,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="also write the fit to this .json")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="law and runs, residuals, correlations, profiles: .png, .svg or .pdf")
+    ] = None,
+    bounds: BoundsOption = None,
+    family: FamilyOption = None,
+    target: TargetOption = "loss",
+    columns: ColumnsOption = None,
+    where: WhereOption = None,
+    exclude: ExcludeOption = None,
+    drop: DropOption = 0,
     as_json: AsJson = False,
 ) -> None:
     """Fit a law: constants with intervals and status."""
-    from analysis import laws
-    from analysis.data import load_results
+    check_figure("--plot", plot)
+    data = load(results, columns, where, exclude, drop, n=n.value if n and n is not NChoice.both else None)
+    chosen = chosen_law(law, bounds, family, target, data)
+    if n is NChoice.both:
+        from analysis.sensitivity import both_conventions
 
-    chosen = laws.get(law)
-    result = _fit(chosen, load_results(results, n=n.value), loss=loss, seed=seed, n_bootstrap=bootstrap)
+        with progress() as tell:
+            tell(f"fitting {chosen.name} under both meanings of N, {bootstrap} bootstrap refits each")
+            both = both_conventions(chosen, data, loss=loss, seed=seed, n_bootstrap=bootstrap)
+        if out is not None:
+            for name, fitted in both.fits.items():
+                fitted.save(_named(out, name))
+        files = [] if plot is None else [_draw_fit(_named(plot, n), data.under(n), f) for n, f in both.fits.items()]
+        _show_with_files(both.to_dict() if as_json else both.report(), files)
+        return
+    result = _fit(chosen, data, loss=loss, seed=seed, n_bootstrap=bootstrap)
     if out is not None:
         result.save(out)
-    _print(result.to_dict() if as_json else result.report())
-
-
-@app.command("optimum")
-def optimum_verb(
-    results: Results,
-    budget: Budget = None,
-    extrapolate: Annotated[
-        bool, typer.Option("--extrapolate", help="leave the data although the fit is unsound")
-    ] = False,
-    seed: Seed = 0,
-    bootstrap: Refits = 200,
-    vocab_size: Vocabulary = None,
-    as_json: AsJson = False,
-) -> None:
-    """Spend a budget best, and compare with the dense model.
-
-    Least predicted loss over R, P, N and D at the budget, and the FLOPs that it saves against the dense baseline.
-    """
-    from analysis import laws
-    from analysis.cost import cost_of_results
-    from analysis.data import load_results
-    from analysis.design import levels
-    from analysis.optimum import optimum
-    from analysis.savings import savings
-
-    data = load_results(results)
-    cost = cost_of_results(results, vocab_size=vocab_size)
-    spent = budget or levels(data.C, 1.3)[-1]
-    found, fits = {}, {}
-    for family, law in (("dlcm", laws.COMPRESSION_AWARE), ("dense", laws.CHINCHILLA)):
-        if len(data.of_family(family)):
-            fits[family] = _fit(law, data, loss="log_huber", seed=seed, n_bootstrap=bootstrap)
-            found[family] = optimum(fits[family], cost, spent, extrapolate=extrapolate)
-    saved = savings(found["dlcm"], fits["dense"], cost) if {"dlcm", "dense"} <= fits.keys() else None
-    if as_json:
-        _print({"optima": {k: v.to_dict() for k, v in found.items()}, "savings": saved.to_dict() if saved else None})
-        return
-    _print("\n\n".join([*(best.report() for best in found.values()), *([saved.text] if saved else [])]))
-
-
-@app.command("plot")
-def plot_verb(
-    results: Results,
-    out: Annotated[Path, typer.Option("--out", "-o", help="folder for the .png and .svg files")] = Path("plots"),
-    budget: Budget = None,
-    vocab_size: Vocabulary = None,
-    as_json: AsJson = False,
-) -> None:
-    """Draw the four plots of a sweep."""
-    from analysis import laws
-    from analysis.data import load_results
-    from analysis.design import levels
-    from analysis.report import draw_plots
-
-    data = load_results(results)
-    cost, missing = _cost_or_reason(results, vocab_size)
-    fits = {}
-    for family, law in (("dense", laws.CHINCHILLA), ("dlcm", laws.COMPRESSION_AWARE)):
-        if len(data.of_family(family)):
-            fits[family] = _fit(law, data, loss="log_huber", seed=0, n_bootstrap=0)
-    paths = draw_plots(data, fits, cost, budget or levels(data.C, 1.3)[-1], out, missing)
-    if as_json:
-        _print({"files": [str(p) for p in paths], "missing": missing})
-        return
-    _print("\n".join([*map(str, paths), *(f"missing: {reason}" for reason in missing)]))
+    files = [_draw_fit(plot, data, result)] if plot is not None else []
+    _show_with_files(result.to_dict() if as_json else result.report(), files)
 
 
 @app.command("export")
 def export_verb(
-    results: Results,
-    fmt: Annotated[TableFormat, typer.Option("--format", "-f", help="csv, md or tex (booktabs)")] = TableFormat.md,
+    results: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RESULTS", help="results.parquet or .csv, a sweep folder, or a fit (`fit --out FIT.json`)"
+        ),
+    ],
+    fmt: Annotated[
+        TableFormat | None,
+        typer.Option("--format", "-f", help="csv, md, tex (booktabs) or parquet; md, or --out's suffix"),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="write to this file instead of printing")] = None,
+    by: Annotated[
+        str | None,
+        typer.Option("--by", metavar="AXIS,...", help="group the rows: R,P, or columns such as seed,boundary"),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option("--context", min=0, help="tokens behind which a token is decoded; seq_len by default")
+    ] = None,
+    columns: ColumnsOption = None,
+    where: WhereOption = None,
+    exclude: ExcludeOption = None,
+    drop: DropOption = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Table of FLOPs against accuracy: CSV, Markdown, LaTeX."""
-    from analysis.data import load_results, records
-    from analysis.tables import flops_vs_accuracy, format_table
-    from dlcm.record import write_atomic
+    """Table of FLOPs against accuracy, or of the constants of a fit: CSV, Markdown, LaTeX, parquet."""
+    kind: Any = _table_format(fmt, out)
+    if results.suffix.lower() == ".json":
+        _export_fit(results, kind, out, as_json=as_json)
+        return
+    from analysis.accuracy import flops_vs_accuracy
+    from analysis.data import records
+    from analysis.outcomes import load_outcomes
 
-    table = flops_vs_accuracy(load_results(results))
-    text = format_table(table, fmt.value)
-    if out is not None:
-        write_atomic(out, text)
+    data = load(results, columns, where, exclude, drop)
+    names = [name.strip() for name in by.split(",")] if by else []
+    table = flops_vs_accuracy(data, by=names, outcomes=load_outcomes(data), context=context)
+    text = "" if kind == "parquet" else table.format(kind)
+    _write_table(table.frame, text, out)
     if as_json:
-        _print({"rows": records(table), "file": str(out) if out else None})
+        show({"rows": records(table.frame), "notes": list(table.notes), "file": str(out) if out else None})
     else:
-        _print(str(out) if out is not None else text.rstrip("\n"))
+        show(str(out) if out is not None else text.rstrip("\n"))
 
 
 @app.command("lr")
@@ -158,21 +146,25 @@ def lr_verb(
         list[Path], typer.Argument(metavar="RESULTS...", help="results of one sweep or of several, taken together")
     ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="folder; `lr` beside the results")] = None,
+    columns: ColumnsOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Whether learning rates transfer over widths: a verdict, a figure, and lr.yaml, which sweeps name as `tuned`."""
     import pandas as pd
 
-    from analysis.data import find_results, read_table
+    from analysis.columns import Mapped, parse_columns
+    from analysis.frames import find_results, read_table
     from analysis.lr import analyse_transfer, format_transfer, save_transfer, transfer_json
 
     files = [find_results(path) for path in results]
-    transfer = analyse_transfer(pd.concat([read_table(file) for file in files], ignore_index=True))
+    mapping = parse_columns(columns) if columns else {}
+    tables = [Mapped(read_table(file), mapping, str(file)).with_columns() for file in files]
+    transfer = analyse_transfer(pd.concat(tables, ignore_index=True))
     paths = save_transfer(transfer, out or files[0].parent / "lr")
     if as_json:
-        _print({**transfer_json(transfer), "files": [str(path) for path in paths]})
+        show({**transfer_json(transfer), "files": [str(path) for path in paths]})
     else:
-        _print("\n".join([format_transfer(transfer), *(f"-> {path}" for path in paths)]))
+        show("\n".join([format_transfer(transfer), *(f"-> {path}" for path in paths)]))
 
 
 @app.command("report")
@@ -183,65 +175,98 @@ def report_verb(
     ] = None,
     budget: Budget = None,
     seed: Seed = 0,
-    bootstrap: Refits = 200,
+    bootstrap: Refits = 1000,
     vocab_size: Vocabulary = None,
+    seq_len: Window = None,
+    cost: OwnCost = None,
+    columns: ColumnsOption = None,
+    where: WhereOption = None,
+    exclude: ExcludeOption = None,
+    drop: DropOption = 0,
     as_json: AsJson = False,
 ) -> None:
     """Write laws, optimum, plots and tables to one folder.
 
     With a comparison against the dense baseline and a summary in plain language, which is printed.
     """
-    from analysis.cost import cost_of_results
     from analysis.data import find_results
     from analysis.report import analyze
+    from analysis.spend import find_prices
 
     folder = out or find_results(results).parent / "report"
-    cost = cost_of_results(results, vocab_size=vocab_size) if vocab_size else None
-    with _progress() as tell:
-        found = analyze(results, folder, cost=cost, budget=budget, seed=seed, n_bootstrap=bootstrap, tell=tell)
-    _print(found.to_dict() if as_json else found.summary())
+    given = {"cost": cost, "vocab_size": vocab_size, "seq_len": seq_len}
+    priced = find_prices(results, [], **given).training() if any(given.values()) else None  # pyright: ignore[reportArgumentType]
+    with progress() as tell:
+        data = load(results, columns, where, exclude, drop)
+        found = analyze(
+            results, folder, data=data, cost=priced, budget=budget, seed=seed, n_bootstrap=bootstrap, tell=tell
+        )
+    show(found.to_dict() if as_json else found.summary())
 
 
 def _fit(law: Any, data: "ResultsData", *, loss: str, seed: int, n_bootstrap: int) -> "FitResult":
     from analysis.design import count_runs
     from analysis.fit import fit
 
-    with _progress() as tell:
+    with progress() as tell:
         tell(f"fitting {law.name} to {count_runs(len(data.of_family(law.family)))}, {n_bootstrap} bootstrap refits")
         return fit(law, data, loss=loss, seed=seed, n_bootstrap=n_bootstrap)  # pyright: ignore[reportArgumentType]
 
 
-def _cost_or_reason(results: Path, vocab_size: int | None) -> "tuple[Cost | None, list[str]]":
-    from analysis.cost import cost_of_results
+def _table_format(fmt: TableFormat | None, out: Path | None) -> Any:
+    """What was asked for, or what the file's suffix says."""
     from dlcm.errors import UserError
 
-    try:
-        return cost_of_results(results, vocab_size=vocab_size), []
-    except UserError as error:
-        return None, [f"fitted frontiers: {error}"]
+    kinds = {kind.value for kind in TableFormat}
+    suffix = out.suffix.removeprefix(".").lower() if out else ""
+    kind: str = fmt.value if fmt else suffix if suffix in kinds else "md"
+    if kind == "parquet" and out is None:
+        raise UserError("--format parquet is not for a terminal; name a file: --out table.parquet")
+    return kind
 
 
-class _progress:
-    """`with _progress() as tell`: a spinner with the current step on a terminal, a plain line a step otherwise; on stderr."""
+def _write_table(frame: Any, text: str, out: Path | None) -> None:
+    from dlcm.record import write_atomic
 
-    def __enter__(self) -> "Callable[[str], None]":
-        import sys
-
-        from rich.console import Console
-
-        console = Console(stderr=True)
-        self._status = console.status("") if console.is_terminal else None
-        if self._status is None:
-            return lambda line: print(line, file=sys.stderr, flush=True)
-        self._status.start()
-        return self._status.update
-
-    def __exit__(self, *_: object) -> None:
-        if self._status is not None:
-            self._status.stop()
+    if out is not None:
+        write_atomic(out, text or frame.to_parquet(index=False))
 
 
-def _print(what: str | dict[str, Any]) -> None:
-    import json
+def _show_with_files(what: str | dict[str, Any], files: list[str]) -> None:
+    """Print a fit, and behind it the figures that were written; without any, its JSON is that of `--out`."""
+    if isinstance(what, str):
+        show("\n".join([what, *(f"-> {file}" for file in files)]))
+    else:
+        show({**what, "plots": files} if files else what)
 
-    print(what if isinstance(what, str) else json.dumps(what, indent=2))
+
+def _named(path: Path, name: str) -> Path:
+    return path.with_name(f"{path.stem}.{name}{path.suffix}")
+
+
+def _draw_fit(path: Path, data: "ResultsData", result: "FitResult") -> str:
+    from analysis.plots import save_figure
+    from analysis.plots_fit import draw_fit
+
+    return str(save_figure(draw_fit(data, result), path, data=data))
+
+
+def _export_fit(path: Path, fmt: Any, out: Path | None, *, as_json: bool) -> None:
+    from analysis.data import records
+    from analysis.fit_tables import format_fit, parameter_table
+    from analysis.result import FitResult
+
+    result = FitResult.load(path)
+    table = parameter_table(result)
+    text = "" if fmt == "parquet" else format_fit(result, fmt)
+    _write_table(table, text, out)
+    if as_json:
+        show({"rows": records(table), "file": str(out) if out else None})
+    else:
+        show(str(out) if out is not None else text.rstrip("\n"))
+
+
+register_data(app)
+register_figures(app)
+register_judges(app)
+register_optimum(app)

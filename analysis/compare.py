@@ -14,8 +14,13 @@ _MATCHED = 1.3
 
 
 def ratio_table(data: ResultsData, tolerance: float = RATIO_TOLERANCE) -> pd.DataFrame:
-    """Target and realised tokens per concept of each DLCM run, and whether both realised ones are within tolerance."""
+    """Target and realised tokens per concept of each DLCM run, and whether both realised ones are within tolerance.
+
+    Without rows where there is no DLCM run, or where the table does not say which ratio was asked for.
+    """
     rows = data.dlcm
+    if "compression_target" not in rows.frame or "tokens_per_concept_train" not in rows.frame:
+        return pd.DataFrame(columns=["run", "target R", "training R", "evaluation R", "held"])
     target = numeric_column(rows.frame, "compression_target", rows.source)
     train = numeric_column(rows.frame, "tokens_per_concept_train", rows.source)
     evaluation = numeric_column(rows.frame, "tokens_per_concept", rows.source)

@@ -2,76 +2,31 @@
 
 import dataclasses
 import hashlib
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from analysis.columns import SYMBOLS, holds
+from analysis.convention import (
+    C_TEXT,
+    DEFAULT,
+    N_TEXT,
+    R_TEXT,
+    CConvention,
+    Convention,
+    Exclusion,
+    NConvention,
+    RConvention,
+)
+from analysis.derive import count_parameters, from_frame, from_mapped
+from analysis.frames import find_results, numeric_column, read_table, require_columns
+from analysis.frames import records as records
 from dlcm.errors import UserError, nearest
 
-NConvention = Literal["non_embedding", "total"]
-CConvention = Literal["causal", "full"]
-RConvention = Literal["evaluation", "training", "target"]
 Array = np.ndarray
-
-_N_TEXT = {
-    "non_embedding": "parameters without embedding and unembedding (params_total - params_embedding)",
-    "total": "all parameters (params_total)",
-}
-_C_COLUMN = {"causal": "flops_train", "full": "flops_train_full"}
-_C_TEXT = {
-    "causal": "training FLOPs at the realised R, causal attention halved (flops_train)",
-    "full": "training FLOPs at the realised R, attention as full squares (flops_train_full)",
-}
-_R_COLUMN = {"evaluation": "tokens_per_concept", "training": "tokens_per_concept_train", "target": "compression_target"}
-_R_TEXT = {
-    "evaluation": "realised tokens per concept at evaluation",
-    "training": "realised tokens per concept in training, last 10% of steps",
-    "target": "requested tokens per concept",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Convention:
-    """What N, C and R mean in a data set. Fits under different conventions are never compared."""
-
-    n: str = "non_embedding"
-    c: str = "causal"
-    r: str = "evaluation"
-
-    def definitions(self) -> dict[str, str]:
-        """Symbol -> definition, for the fit card."""
-        return {
-            "N": _N_TEXT.get(self.n, self.n),
-            "D": "training tokens",
-            "C": _C_TEXT.get(self.c, self.c),
-            "R": _R_TEXT.get(self.r, self.r),
-            "P": "backbone parameters over parameters without embeddings (params_concept / N_non_embedding)",
-            "loss": "validation loss, nats per token",
-        }
-
-    def require_same(self, other: "Convention", what: str) -> None:
-        """Refuse to mix conventions.
-
-        Raises:
-            UserError: N, C or R mean different things in the two.
-        """
-        if self != other:
-            mine, theirs = (f"N {v.n}, C {v.c}, R {v.r}" for v in (self, other))
-            raise UserError(
-                f"{what}: conventions differ ({mine}; {theirs}); load both results with the same n, c and r"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class Exclusion:
-    """A run that is left out of a fit, and why."""
-
-    run_id: str
-    reason: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,7 +50,7 @@ class ResultsData:
     loss: Array
     frame: pd.DataFrame
     exclusions: tuple[Exclusion, ...] = ()
-    convention: Convention = Convention()
+    convention: Convention = DEFAULT
     source: str = "arrays"
 
     @classmethod
@@ -108,7 +63,7 @@ class ResultsData:
         C: Any = np.nan,
         R: Any = 1.0,
         P: Any = 0.0,
-        convention: Convention = Convention(),
+        convention: Convention = DEFAULT,
         source: str = "arrays",
         **columns: Any,
     ) -> "ResultsData":
@@ -136,8 +91,16 @@ class ResultsData:
 
     @property
     def run_ids(self) -> list[str]:
-        """The run behind each row: the unit that the bootstrap draws."""
+        """The run behind each row."""
         return [str(v) for v in self.frame["run_id"]]
+
+    @property
+    def clusters(self) -> list[str]:
+        """What errs together, a name for each row: the run, or the trunk that several runs share."""
+        if "trunk" not in self.frame:
+            return self.run_ids
+        trunk = self.frame["trunk"]
+        return [str(t) if known else run for t, known, run in zip(trunk, trunk.notna(), self.run_ids)]
 
     @property
     def hash(self) -> str:
@@ -174,11 +137,101 @@ class ResultsData:
             mask &= self.frame[column].isin(list(allowed)).to_numpy()
         return self.take(mask)
 
+    def holds(self, condition: str) -> Array:
+        """Rows where a condition over symbols and columns holds, as a mask: `loss > 4 and seed == 1`.
+
+        Raises:
+            UserError: no condition, or an unknown name.
+        """
+
+        def lookup(name: str) -> Array:
+            if name in self.frame and not pd.api.types.is_numeric_dtype(self.frame[name]):
+                return self.frame[name].to_numpy(dtype=object)
+            if name not in (*SYMBOLS, *self.frame.columns):
+                raise UserError(
+                    f"{self.source}: no column {name!r}{nearest(name, [*SYMBOLS, *map(str, self.frame.columns)])}"
+                )
+            return self.values(name)
+
+        return np.broadcast_to(holds(condition, lookup, self.source), (len(self),))
+
+    def select(self, condition: str) -> "ResultsData":
+        """Rows where a condition holds, as a data set of its own; its source says so.
+
+        Raises:
+            UserError: it holds nowhere.
+        """
+        mask = self.holds(condition)
+        if not mask.any():
+            raise UserError(f"{self.source}: no usable run has {condition}; nothing is left")
+        return dataclasses.replace(self.take(mask), source=f"{self.source} where {condition}")
+
+    def exclude(self, where: str | Sequence[str] | Array, reason: str) -> "ResultsData":
+        """The data without some runs, which are recorded with the reason.
+
+        Args:
+            where: a condition (`"loss > 4"`), names of runs, a mask or positions.
+            reason: why; printed beside every fit.
+
+        Raises:
+            UserError: no reason, no such run, or no run would be left.
+        """
+        if not reason.strip():
+            raise UserError(f"{self.source}: an exclusion needs a reason; say why the runs are left out")
+        ids = np.asarray(self.run_ids)
+        if isinstance(where, str):
+            mask = ids == where if where in ids else self.holds(where)
+        elif len(where) and isinstance(where[0], str):
+            if absent := sorted(set(map(str, where)) - set(ids)):
+                raise UserError(f"{self.source}: no usable run {absent[0]!r}{near_run(absent[0], ids.tolist())}")
+            mask = np.isin(ids, np.asarray(where))
+        else:
+            mask = np.zeros(len(self), dtype=bool)
+            mask[np.asarray(where)] = True
+        if not mask.any():
+            raise UserError(f"{self.source}: no usable run has {where}; there is nothing to leave out")
+        if mask.all():
+            raise UserError(f"{self.source}: {where} holds for every usable run; none would be left")
+        family = self.frame["model"].astype(str).to_numpy() if "model" in self.frame else np.full(len(ids), "")
+        left_out = tuple(Exclusion(name, reason, own) for name, own in zip(ids[mask].tolist(), family[mask].tolist()))
+        return dataclasses.replace(self.take(~mask), exclusions=(*self.exclusions, *left_out))
+
+    def drop_largest_losses(self, k: int) -> "ResultsData":
+        """The data without the k largest losses of each model family, recorded as exclusions.
+
+        Raises:
+            UserError: a family has no more than k runs.
+        """
+        if not k:
+            return self
+        reason = f"among the {k} largest losses" if k > 1 else "the largest loss"
+        rows: list[int] = []
+        families = self.frame["model"].astype(str).to_numpy() if "model" in self.frame else np.full(len(self), "")
+        for family in sorted(set(families)):
+            own = np.flatnonzero(families == family)
+            if not 0 < k < len(own):
+                raise UserError(f"{self.source}: cannot drop the {k} largest losses of {len(own)} runs; give fewer")
+            rows += own[np.argsort(self.loss[own], kind="stable")[::-1][:k]].tolist()
+        return self.exclude(np.array(rows), reason)
+
+    def under(self, n: NConvention) -> "ResultsData":
+        """The same runs with another meaning of N; R, P and the rest stay.
+
+        Raises:
+            UserError: the table does not hold both numbers of parameters.
+        """
+        counted = count_parameters(self.frame, n, self.source)
+        return dataclasses.replace(self, N=counted, convention=dataclasses.replace(self.convention, n=n))
+
     def of_family(self, family: str | None) -> "ResultsData":
-        """Rows of one model family (`dense` or `dlcm`); all rows where `family` is None or no family is recorded."""
+        """Rows of one model family (`dense` or `dlcm`), with what was left out of it.
+
+        All rows where `family` is None or no family is recorded.
+        """
         if family is None or "model" not in self.frame:
             return self
-        return self.where(model=family)
+        own = tuple(e for e in self.exclusions if e.family in ("", family))
+        return dataclasses.replace(self.where(model=family), exclusions=own)
 
     @property
     def dense(self) -> "ResultsData":
@@ -191,149 +244,64 @@ class ResultsData:
         return self.of_family("dlcm")
 
 
+def near_run(name: str, ids: Sequence[str]) -> str:
+    """`; did you mean ...`, or nothing where the list of all runs would be the answer."""
+    hint = nearest(name, ids)
+    return hint if hint.startswith("; did") or len(hint) < 200 else ""
+
+
+def concat(parts: Sequence[ResultsData]) -> ResultsData:
+    """Several results as one.
+
+    Raises:
+        UserError: N, C, R or another symbol mean different things in them.
+    """
+    first = parts[0]
+    for other in parts[1:]:
+        first.convention.require_same(other.convention, f"{first.source} and {other.source} together")
+    return dataclasses.replace(
+        first,
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in SYMBOLS},
+        frame=pd.concat([part.frame for part in parts], ignore_index=True),
+        exclusions=tuple(e for part in parts for e in part.exclusions),
+        source=" + ".join(part.source for part in parts),
+    )
+
+
 def load_results(
-    path: str | Path, *, n: NConvention = "non_embedding", c: CConvention = "causal", r: RConvention = "evaluation"
+    path: str | Path,
+    *,
+    n: NConvention | None = None,
+    c: CConvention = "causal",
+    r: RConvention = "evaluation",
+    columns: Mapping[str, str] | None = None,
 ) -> ResultsData:
-    """Load the results of a sweep under one convention.
+    """Load the results of a sweep, or a user's own table, under one convention.
 
     Args:
         path: `results.parquet` or `.csv`, or a folder that holds one of these.
-        n: which parameters count as N.
+        n: which parameters count as N; `non_embedding` by default. Of a table whose N is mapped, it states what N is.
         c: which training FLOPs count as C.
         r: which tokens per concept count as R; realised at evaluation by default.
+        columns: for a table with other names: symbol (N, D, C, R, P, loss), `family` or any column of this toolkit's tables ->
+            a column of the file or arithmetic over columns and other symbols, such as `{"N": "params", "D": "C/(6*N)"}`. What is
+            not mapped is read from this toolkit's columns where the table has them. Without them R is 1, P is 0 and C unknown,
+            every row is a finished run, `dense` unless its R or P say otherwise, and named by its number. A table with columns
+            N, D and loss needs no mapping.
 
     Raises:
         UserError: no such file, unreadable, a column is missing or not numeric, or no run is usable.
     """
-    for name, value, valid in (("n", n, _N_TEXT), ("c", c, _C_TEXT), ("r", r, _R_TEXT)):
+    for name, value, valid in (("n", n or "non_embedding", N_TEXT), ("c", c, C_TEXT), ("r", r, R_TEXT)):
         if value not in valid:
             raise UserError(f"{name} = {value!r} is no convention{nearest(str(value), valid)}")
     file = find_results(path)
     frame = read_table(file)
-    return from_frame(frame, Convention(n, c, r), str(file))
+    if columns is None and {"N", "D", "loss"} <= set(frame.columns) and not _OWN & set(frame.columns):
+        columns = {key: key for key in (*SYMBOLS, "family") if key in frame.columns}
+    if columns:
+        return ResultsData(**from_mapped(frame, columns, n, Convention(n or "non_embedding", c, r), str(file)))
+    return ResultsData(**from_frame(frame, Convention(n or "non_embedding", c, r), str(file)))
 
 
-def find_results(path: str | Path) -> Path:
-    """The results file at `path`: the file itself, or `results.parquet` / `results.csv` inside a folder.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = Path(path)
-    if path.is_dir():
-        for name in ("results.parquet", "results.csv"):
-            if (path / name).is_file():
-                return path / name
-        raise UserError(f"{path}: no results.parquet in this folder; run `dlcm sweep collect {path}` first")
-    if not path.exists():
-        raise UserError(f"{path}: no such file; give a results.parquet or .csv, or a sweep folder")
-    return path
-
-
-def read_table(file: Path) -> pd.DataFrame:
-    """Read a parquet or CSV table.
-
-    Raises:
-        UserError: other suffix, unreadable, or no rows.
-    """
-    suffix = file.suffix.lower()
-    if suffix not in (".parquet", ".csv"):
-        raise UserError(f"{file}: results are read from .parquet or .csv, not {suffix or 'a file without suffix'}")
-    try:
-        frame = pd.read_parquet(file) if suffix == ".parquet" else pd.read_csv(file)
-    except (OSError, ValueError, UnicodeDecodeError) as error:
-        # pyarrow's and pandas' parser errors are all ValueErrors or OSErrors; their first line says what is broken
-        detail = (str(error).splitlines() or ["empty"])[0]
-        raise UserError(f"{file}: not readable as {suffix[1:]} ({detail}); collect the sweep again") from None
-    if frame.empty:
-        raise UserError(f"{file}: no rows; collect the sweep after at least one run has ended")
-    return frame
-
-
-def require_columns(frame: pd.DataFrame, columns: Iterable[str], source: str) -> None:
-    """Check that columns exist.
-
-    Raises:
-        UserError: the file, the missing column, and the nearest that exists.
-    """
-    for column in columns:
-        if column not in frame.columns:
-            raise UserError(f"{source}: no column {column!r}{nearest(column, map(str, frame.columns))}")
-
-
-def numeric_column(frame: pd.DataFrame, column: str, source: str) -> Array:
-    """A column as float64, NaN where empty.
-
-    Raises:
-        UserError: the column is missing or holds something that is no number.
-    """
-    require_columns(frame, [column], source)
-    series = pd.Series(frame[column])
-    numbers = pd.Series(pd.to_numeric(series, errors="coerce")).to_numpy(dtype=float, na_value=np.nan)
-    bad = np.flatnonzero(np.isnan(numbers) & series.notna().to_numpy())
-    if bad.size:
-        row = int(bad[0])
-        raise UserError(f"{source}: column {column!r} holds {series.iloc[row]!r} in row {row + 1}; expected a number")
-    return numbers
-
-
-def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as JSON types: NaN and missing become null."""
-    return json.loads(str(frame.to_json(orient="records")))
-
-
-def from_frame(frame: pd.DataFrame, convention: Convention, source: str) -> ResultsData:
-    """Derive N, D, C, R, P and the loss from a results table; see `load_results`."""
-    require_columns(frame, ("run_id", "model", "status"), source)
-    if convention.c == "full" and "flops_train_full" not in frame:
-        raise UserError(
-            f"{source}: no column 'flops_train_full', so C cannot be counted with full squares; use c='causal'"
-        )
-    columns = {"total": "params_total", "embedding": "params_embedding", "concept": "params_concept", "D": "tokens"}
-    columns |= {"C": _C_COLUMN[convention.c], "R": _R_COLUMN[convention.r], "loss": "loss_nats"}
-    facts = {key: numeric_column(frame, column, source) for key, column in columns.items()}
-    without = facts["total"] - facts["embedding"]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = facts["concept"] / without
-    arrays = {
-        "N": without if convention.n == "non_embedding" else facts["total"],
-        **{key: facts[key] for key in ("D", "C", "R", "loss")},
-        "P": share,
-    }
-    reasons = _reasons(frame, arrays, columns)
-    keep = np.array([reason is None for reason in reasons])
-    exclusions = tuple(Exclusion(str(i), r) for i, r in zip(frame["run_id"], reasons) if r is not None)
-    if not keep.any():
-        first = exclusions[0]
-        raise UserError(f"{source}: none of {len(frame)} runs is usable; the first, {first.run_id}: {first.reason}")
-    kept = {key: value[keep] for key, value in arrays.items()}
-    rows = frame.loc[keep].reset_index(drop=True)
-    return ResultsData(**kept, frame=rows, exclusions=exclusions, convention=convention, source=source)
-
-
-def _reasons(frame: pd.DataFrame, arrays: Mapping[str, Array], columns: Mapping[str, str]) -> list[str | None]:
-    """Why each row is left out; None where it is used."""
-    first_seen: dict[str, int] = {}
-    reasons: list[str | None] = []
-    for i, (run_id, status) in enumerate(zip(frame["run_id"].astype(str), frame["status"].astype(str))):
-        reason = None
-        if run_id in first_seen:
-            twin = first_seen[run_id]
-            same = arrays["loss"][i] == arrays["loss"][twin]
-            reason = f"duplicate of row {twin + 1}" + ("" if same else ", with another loss")
-        elif status != "finished":
-            reason = status
-        elif not np.isfinite(arrays["loss"][i]):
-            reason = "missing loss"
-        elif arrays["loss"][i] <= 0:
-            reason = f"loss {arrays['loss'][i]:g} is not positive"
-        else:
-            for key in ("N", "D", "C", "R", "P"):
-                value = arrays[key][i]
-                if not np.isfinite(value) or value < 0 or (value == 0 and key != "P"):
-                    reason = f"{key} ({columns.get(key, 'params_*')}) is missing or not positive"
-                    break
-        if reason is None:
-            first_seen[run_id] = i
-        reasons.append(reason)
-    return reasons
+_OWN = {"params_total", "tokens", "loss_nats"}

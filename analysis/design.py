@@ -50,13 +50,7 @@ def reduce_law(law: Law, data: ResultsData) -> Law:
     any exponent, an offset needs four. Then by number: the law's own ladder is climbed down until `spare_runs` more runs
     than free constants remain, or the ladder ends.
     """
-    variables = law.compute_variables({name: data.values(name) for name in law.inputs})
-    n_levels = {name: len(levels(values)) for name, values in variables.items()}
-    for term in law.terms:
-        for change in _changes_by_axes(law, term, n_levels, has_floor=law.floor is not None):
-            law = law.apply(change)
-    if "N" in law.inputs and len(levels(data.N)) == 1:
-        law = _tie_size_exponents(law)
+    law = reduce_by_axes(law, data)
     n_runs = len(set(data.run_ids))
     offsets = [p.name for p in law.free if p.kind == "offset"]
     if n_runs < RUNS_PER_CONSTANT_FOR_OFFSETS * len(law.free):
@@ -72,11 +66,26 @@ def reduce_law(law: Law, data: ResultsData) -> Law:
     return law
 
 
+def reduce_by_axes(law: Law, data: ResultsData) -> Law:
+    """The richest reduction whose constants act on axes with enough values, however many runs there are."""
+    variables = law.compute_variables({name: data.values(name) for name in law.inputs})
+    used = law.used_rows(variables)
+    n_levels = {v: len(levels(variables[v][used[v]] if v in used else variables[v])) for v in law.variables}
+    for term in law.terms:
+        for change in _changes_by_axes(law, term, n_levels, has_floor=law.floor is not None):
+            law = law.apply(change)
+    if "N" in law.inputs and len(levels(data.N)) == 1:
+        law = _tie_size_exponents(law)
+    return law
+
+
 def _changes_by_axes(law: Law, term: Term, n_levels: Mapping[str, int], *, has_floor: bool) -> list[Change]:
     held = dict(law.fixed)
     changes = []
     varying = [f for f in term.factors if n_levels[f.variable] > 1]
-    if not varying and has_floor:
+    if any(n_levels[f.variable] == 0 for f in term.factors):
+        return [Change("drop", term.amplitude, reason=f"there is no {term.family} run")]
+    if not varying and has_floor and term.family is None:
         axes = ", ".join(f.variable for f in term.factors)
         return [Change("drop", term.amplitude, reason=f"{axes} takes one value; the term is part of {law.floor}")]
     for factor in term.factors:

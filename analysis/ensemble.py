@@ -1,9 +1,12 @@
-"""Many refits of one law at once: the same runs with other losses, all descents in step as one array computation.
+"""Many descents of one law at once, all in step as one array computation: starts, bootstrap, profiles, simulated sweeps.
 
-Simulated sweeps differ in their noise alone, so their refits share every variable. One damped Gauss-Newton loop over all of them
-takes some tenths of a second where one after the other they take ten times that.
+Each descent has its own start and may have its own observations or its own weights of the runs. One after the other they
+take ten times as long. Neighbouring descents share nothing but the law and its variables, so chunks of them run in threads.
 """
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import numpy as np
@@ -12,34 +15,75 @@ from analysis.objective import Problem
 
 Array = np.ndarray
 
-_MAX_STEPS = 60
-_SETTLED = 1e-7
-_CELLS = 4_000_000
-"""Entries of the Jacobians held at once: 32 MB."""
+MAX_STEPS = 100
+_SETTLED = 1e-10
+_CELLS = 200_000
+"""Entries of the Jacobians of a chunk, 1.6 MB: two of them stay in a processor's cache."""
+_LEFT_OUT = 1e-3
+"""Curvature of Newton's step for residuals beyond delta, where the penalty has none; as a share of the reweighted one."""
 
 
-def refit_many(problem: Problem, theta: Array, targets: Array) -> Array:
-    """Refit `problem` under other observations, each refit descending from `theta`.
+def refit_many(
+    problem: Problem,
+    start: Array,
+    *,
+    targets: Array | None = None,
+    weights: Array | None = None,
+    frozen: Array | None = None,
+    max_steps: int = MAX_STEPS,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Array, Array]:
+    """Descend from each start to its minimum.
 
-    Reweighted least squares with the weights min(1, delta / |r|) of the Huber loss, or none, damped for each refit on its own;
-    constants whose gradient points out of the box stay where they are. The steps are those of `descent.reweighted`.
+    At every step two candidates are tried and the better one is taken: damped least squares with the weights min(1, delta / |r|)
+    of the Huber penalty, which lowers it from anywhere, and Newton's step, whose curvature is that of the runs within delta,
+    which ends the descent. Constants whose gradient points out of the box stay where they are.
 
     Args:
-        problem: law, variables and loss (`log_huber` or `log_mse`).
-        theta: where every descent starts, (p,).
-        targets: observations over the problem's scale, one simulated sweep a row, (S, n).
+        problem: law, variables and loss.
+        start: where the descents start, (S, p), or (p,) for all alike.
+        targets: observations over the problem's scale, one set a row, (S, n); those of the problem by default.
+        weights: of the runs, one set a row, (S, n), not negative; 1 by default.
+        frozen: (p,), true where a constant stays as it starts.
+        max_steps: at most so many steps each.
+        progress: called with (descents done, descents).
 
     Returns:
-        The constants of each, (S, p), in the problem's coordinates.
+        The constants of each in the problem's coordinates, (S, p), and their sums of penalties, (S,).
     """
-    step = max(1, _CELLS // max(1, targets.shape[1] * max(len(theta), 1)))
-    parts = [_descend(problem, theta, targets[i : i + step]) for i in range(0, len(targets), step)]
-    return np.concatenate(parts) if parts else np.empty((0, len(theta)))
+    n = len(problem)
+    n_sets = max(len(a) for a in (np.atleast_2d(start), targets, weights) if a is not None)
+    starts = np.broadcast_to(np.atleast_2d(start), (n_sets, np.shape(start)[-1]))
+    held = np.zeros(starts.shape[1], dtype=bool) if frozen is None else np.asarray(frozen, dtype=bool)
+    chunk = max(1, _CELLS // max(1, n * starts.shape[1]))
+
+    def part(begin: int) -> tuple[Array, Array]:
+        rows = slice(begin, begin + chunk)
+        descent = _Descent(
+            problem,
+            starts[rows],
+            problem.target[None] if targets is None else targets[rows],
+            np.ones((1, n)) if weights is None else weights[rows],
+            held,
+        )
+        return descent.run(max_steps)
+
+    begins = range(0, n_sets, chunk)
+    found: dict[int, tuple[Array, Array]] = {}
+    with ThreadPoolExecutor(max(1, min(len(begins), n_processors()))) as pool:
+        for future in as_completed(futures := {pool.submit(part, begin): begin for begin in begins}):
+            found[futures[future]] = future.result()
+            if progress:
+                progress(sum(len(values) for _, values in found.values()), n_sets)
+    if not found:
+        return np.empty((0, starts.shape[1])), np.empty(0)
+    parts = [found[begin] for begin in begins]
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
 
-def objectives(problem: Problem, thetas: Array, targets: Array) -> Array:
-    """Sum of penalties of each refit, (S,)."""
-    return problem.penalties(_residuals(problem, thetas, targets)).sum(axis=1)
+def n_processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def natural_values(problem: Problem, thetas: Array) -> dict[str, Array]:
@@ -48,71 +92,92 @@ def natural_values(problem: Problem, thetas: Array) -> dict[str, Array]:
     return {p.name: np.array([row[p.name] for row in rows]) for p in problem.law.parameters}
 
 
-def _descend(problem: Problem, theta: Array, targets: Array) -> Array:
-    lower, upper = problem.bounds()
-    thetas = np.tile(np.clip(theta, lower, upper), (len(targets), 1))
-    if not len(theta):
-        return thetas
-    damping = np.full(len(targets), 1e-3)
-    residuals, jacobian = _linearise(problem, thetas, targets)
-    values = problem.penalties(residuals).sum(axis=1)
-    active = np.arange(len(targets))
-    for _ in range(_MAX_STEPS):
-        r, jac, at = residuals[active], jacobian[active], thetas[active]
-        trial = np.clip(at - _steps(problem, r, jac, at, damping[active]), lower, upper)
-        new_r, new_jac = _linearise(problem, trial, targets[active])
-        new_values = problem.penalties(new_r).sum(axis=1)
-        better = new_values < values[active]
-        won = active[better]
-        gain = values[won] - new_values[better]
-        thetas[won], residuals[won], jacobian[won] = trial[better], new_r[better], new_jac[better]
-        settled = np.zeros(len(active), dtype=bool)
-        settled[better] = gain <= _SETTLED * values[won]
-        values[won] = new_values[better]
-        damping[active] = np.where(better, np.maximum(damping[active] / 6, 1e-12), damping[active] * 8)
-        active = active[~settled & (damping[active] < 1e12)]
-        if not len(active):
-            break
-    return thetas
+class _Descent:
+    """Descents in step. S of them, n runs, p constants; `active` are those that still move."""
+
+    def __init__(self, problem: Problem, starts: Array, targets: Array, weights: Array, frozen: Array) -> None:
+        self.problem, self.frozen = problem, frozen
+        self.lower, self.upper = problem.bounds()
+        self.thetas = np.clip(starts, self.lower, self.upper) if len(frozen) else starts.copy()
+        self.targets, self.weights = (np.broadcast_to(a, (len(starts), len(problem))) for a in (targets, weights))
+        self.active = np.arange(len(starts))
+        self.residuals, self.jacobian = self._linearise(self.thetas, self.targets)
+        self.values = self._value(self.residuals, self.weights)
+        # of the reweighted and of Newton's step
+        self.damping = np.full((len(starts), 2), 1e-3)
+
+    def run(self, max_steps: int) -> tuple[Array, Array]:
+        """Step until nothing moves: thetas (S, p) and values (S,)."""
+        for _ in range(max_steps if len(self.frozen) else 0):
+            self._step()
+            if not len(self.active):
+                break
+        return self.thetas, self.values
+
+    def _step(self) -> None:
+        active = self.active
+        targets, weights, before = self.targets[active], self.weights[active], self.values[active]
+        trials = self._trials(active)
+        values = np.stack([self._value(self._residuals(t, targets), weights) for t in trials], axis=1)
+        values = np.where(np.isfinite(values), values, np.inf)
+        lower = values < before[:, None]
+        damping = self.damping[active]
+        self.damping[active] = np.where(lower, np.maximum(damping / 6, 1e-12), damping * 8)
+        best = np.argmin(values, axis=1)
+        improved = lower[np.arange(len(active)), best]
+        won = active[improved]
+        self.thetas[won] = np.stack(trials, axis=1)[np.arange(len(active)), best][improved]
+        self.residuals[won], self.jacobian[won] = self._linearise(self.thetas[won], self.targets[won])
+        self.values[won] = values[np.arange(len(active)), best][improved]
+        settled = improved & (before - self.values[active] <= _SETTLED * before)
+        self.active = active[~settled & (self.damping[active].min(axis=1) < 1e12)]
+
+    def _trials(self, active: Array) -> list[Array]:
+        """Constants after each kind of step, (A, p)."""
+        residuals, jacobian, thetas = self.residuals[active], self.jacobian[active], self.thetas[active]
+        weights, delta = self.weights[active], self.problem.delta
+        if self.problem.loss == "log_huber":
+            reweighted = weights * np.minimum(1.0, delta / np.maximum(np.abs(residuals), 1e-300))
+            inner = np.where(np.abs(residuals) <= delta, weights, _LEFT_OUT * reweighted)
+            curvatures, slopes = [reweighted, inner], weights * np.clip(residuals, -delta, delta)
+        else:
+            curvatures, slopes = [weights], weights * residuals
+        gradient = (jacobian @ slopes[..., None])[..., 0]
+        stuck = ((thetas <= self.lower) & (gradient > 0)) | ((thetas >= self.upper) & (gradient < 0)) | self.frozen
+        return [
+            np.clip(thetas - _solve(jacobian, w, gradient, stuck, self.damping[active, kind]), self.lower, self.upper)
+            for kind, w in enumerate(curvatures)
+        ]
+
+    def _value(self, residuals: Array, weights: Array) -> Array:
+        return (self.problem.penalties(residuals) * weights).sum(axis=1)
+
+    def _residuals(self, thetas: Array, targets: Array) -> Array:
+        prediction = self.problem.evaluate(thetas, gradient=False)[0]
+        if self.problem.loss == "mse":
+            return prediction - targets
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.log(prediction / targets)
+
+    def _linearise(self, thetas: Array, targets: Array) -> tuple[Array, Array]:
+        """Residuals (S, n) and their derivatives (S, p, n) at thetas (S, p)."""
+        prediction, partials = self.problem.evaluate(thetas, gradient=True)
+        prediction = np.broadcast_to(prediction, targets.shape)
+        jacobian = np.empty((len(targets), len(partials), targets.shape[1]))
+        over: Any = 1.0 if self.problem.loss == "mse" else prediction
+        for row, partial in enumerate(partials):
+            jacobian[:, row] = partial / over
+        return (prediction - targets if self.problem.loss == "mse" else np.log(prediction / targets)), jacobian
 
 
-def _steps(problem: Problem, residuals: Array, jacobian: Array, thetas: Array, damping: Array) -> Array:
-    """The damped step of each refit, (S, p)."""
-    lower, upper = problem.bounds()
-    weighted = jacobian
-    if problem.loss == "log_huber":
-        weights = np.minimum(1.0, problem.delta / np.maximum(np.abs(residuals), 1e-300))
-        weighted = jacobian * weights[..., None]
-    gradient = np.einsum("snp,sn->sp", weighted, residuals)
-    stuck = ((thetas <= lower) & (gradient > 0)) | ((thetas >= upper) & (gradient < 0))
-    curvature = np.einsum("snp,snq->spq", weighted, jacobian)
+def _solve(jacobian: Array, weights: Array, gradient: Array, stuck: Array, damping: Array) -> Array:
+    """Damped steps (S, p): (J W J' + damping diag) step = gradient; 0 for what is stuck."""
+    curvature = (jacobian * weights[:, None]) @ jacobian.transpose(0, 2, 1)
     diagonal = np.einsum("spp->sp", curvature)
     floor = 1e-12 * diagonal.max(axis=1, keepdims=True) + 1e-300
-    p = thetas.shape[1]
-    curvature = curvature + np.eye(p) * (damping[:, None] * np.maximum(diagonal, floor) + floor)[:, None, :]
+    identity = np.eye(gradient.shape[1])
+    curvature = curvature + identity * (damping[:, None] * np.maximum(diagonal, floor) + floor)[:, None, :]
     # A stuck constant gets a row and a column of the identity and no gradient: its step is 0.
     free = ~stuck
-    curvature = curvature * (free[:, :, None] & free[:, None, :]) + np.eye(p) * stuck[:, None, :]
+    curvature = curvature * (free[:, :, None] & free[:, None, :]) + identity * stuck[:, None, :]
     return np.linalg.solve(curvature, (gradient * free)[..., None])[..., 0]
-
-
-def _linearise(problem: Problem, thetas: Array, targets: Array) -> tuple[Array, Array]:
-    """Log residuals (S, n) and their derivatives (S, n, p) at thetas (S, p)."""
-    law, scaled = problem.law, _scaled(problem, thetas)
-    prediction, partials = law.evaluate(scaled, problem.variables, gradient=True)
-    prediction = np.broadcast_to(prediction, targets.shape)
-    jacobian = np.empty((*targets.shape, len(law.free)))
-    for column, p in enumerate(law.free):
-        jacobian[..., column] = partials[p.name] * (scaled[p.name] if p.kind == "amplitude" else 1.0) / prediction
-    return np.log(prediction / targets), jacobian
-
-
-def _residuals(problem: Problem, thetas: Array, targets: Array) -> Array:
-    prediction = problem.law.evaluate(_scaled(problem, thetas), problem.variables, gradient=False)[0]
-    return np.log(prediction / targets)
-
-
-def _scaled(problem: Problem, thetas: Array) -> dict[str, Any]:
-    """Centred constants as columns (S, 1) that broadcast against the runs."""
-    free = {p.name: (np.exp(t) if p.kind == "amplitude" else t)[:, None] for p, t in zip(problem.law.free, thetas.T)}
-    return {**problem.held_values, **free}

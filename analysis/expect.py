@@ -10,7 +10,7 @@ import numpy as np
 from analysis.data import ResultsData
 from analysis.descent import minimise
 from analysis.design import levels, reduce_law
-from analysis.ensemble import natural_values, objectives, refit_many
+from analysis.ensemble import natural_values, refit_many
 from analysis.identify import wide_interval
 from analysis.laws import Law
 from analysis.objective import Problem
@@ -212,9 +212,9 @@ def expect(
     theta = _noise_free(problem, prior)
     noise = prior.noise * _noise(design.run_ids, n, seed)
     targets = problem.target * np.exp(noise)
-    thetas = refit_many(problem, theta, targets)
+    thetas, reached = refit_many(problem, theta, targets=targets)
     if _blurred(problem, theta, thetas, prior.noise):
-        thetas = _from_many_starts(problem, thetas, targets, seed)
+        thetas = _from_many_starts(problem, thetas, reached, targets, seed)
     centre, values = problem.values(theta), natural_values(problem, thetas)
     blurred = _blurred(problem, theta, thetas, prior.noise)
     search = Search(law, cost, target, search_box(design, prior, cost, target, box))
@@ -251,15 +251,16 @@ def _noise_free(problem: Problem, prior: Prior) -> Array:
     return min((first, *others), key=lambda answer: answer[1])[0]
 
 
-def _from_many_starts(problem: Problem, thetas: Array, targets: Array, seed: int) -> Array:
+def _from_many_starts(problem: Problem, thetas: Array, reached: Array, targets: Array, seed: int) -> Array:
     """Refits from starts all over, as `fit` makes them; of those that fit as well as the best, one at random for each sweep.
 
     From the planted constants alone a descent stays where a flat floor lets it stay.
     """
     rng = np.random.default_rng((seed, len(targets)))
     starts = draw_starts(problem, rng, n_starts=_N_STARTS, n_candidates=20 * _N_STARTS)
-    answers = np.stack([thetas, *(refit_many(problem, start, targets) for start in starts)])
-    values = np.stack([objectives(problem, answer, targets) for answer in answers])
+    others = [refit_many(problem, start, targets=targets) for start in starts]
+    answers = np.stack([thetas, *(answer for answer, _ in others)])
+    values = np.stack([reached, *(value for _, value in others)])
     as_good = values <= values.min(axis=0) * (1 + _AS_GOOD)
     picked = np.argmax(np.where(as_good, rng.random(values.shape), -1.0), axis=0)
     return np.take_along_axis(answers, picked[None, :, None], axis=0)[0]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 from scipy import stats
@@ -14,12 +15,13 @@ from analysis.objective import Problem
 
 Array = np.ndarray
 
-WIDE_RATIO = {"exponent": 3.0, "floor": 3.0, "offset": 100.0, "amplitude": 1e3}
+WIDE_RATIO = {"exponent": 3.0, "floor": 3.0, "other": 10.0, "offset": 100.0, "ceiling": 10.0, "amplitude": 1e3}
 """Upper over lower end of a 95% interval beyond which a constant is not identified; an amplitude in natural units moves by
 orders of magnitude with its exponent, so more is let through there."""
-_AT_BOUND = 1e-6
+AT_BOUND = 1e-6
 _NULL = 1e-7
 _HUGE_CORRELATION = 0.9
+_REACHES_0 = "its interval reaches 0"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +61,19 @@ def conditioning(problem: Problem, theta: Array) -> Conditioning:
     return Conditioning(number, _correlations(unit, names), flat)
 
 
-def _correlations(unit: Array, names: list[str]) -> tuple[tuple[str, str, float], ...]:
+def correlation_matrix(jacobian: Array) -> Array:
+    """Correlations of the estimates at a minimum with this Jacobian of the residuals (n, p): (p, p)."""
+    norms = np.linalg.norm(jacobian, axis=0)
+    unit = jacobian / np.where(norms > 0, norms, 1.0)
     covariance = np.linalg.pinv(unit.T @ unit, hermitian=True)
     spread = np.sqrt(np.maximum(np.diag(covariance), 1e-300))
-    matrix = covariance / np.outer(spread, spread)
+    return np.clip(covariance / np.outer(spread, spread), -1.0, 1.0)
+
+
+def _correlations(unit: Array, names: list[str]) -> tuple[tuple[str, str, float], ...]:
+    matrix = correlation_matrix(unit)
     pairs = [
-        (names[i], names[j], float(np.clip(matrix[i, j], -1, 1)))
+        (names[i], names[j], float(matrix[i, j]))
         for i in range(len(names))
         for j in range(i)
         if abs(matrix[i, j]) >= _HUGE_CORRELATION
@@ -73,19 +82,19 @@ def _correlations(unit: Array, names: list[str]) -> tuple[tuple[str, str, float]
 
 
 def bound_hits(problem: Problem, theta: Array) -> dict[str, str]:
-    """Constants that lie on a bound. An offset of 0 is the law without the offset, and no fault."""
+    """Constants that lie on a bound. An offset of 0, or a ceiling at its bound, is the law without it, and no fault."""
     lower, upper = problem.bounds()
     hits = {}
-    if not problem.law.terms:
+    if not problem.law.inputs:
         return hits  # a mean alone: its bounds are the data's own
     for p, value, low, high in zip(problem.law.free, theta, lower, upper):
-        margin = _AT_BOUND * (high - low)
+        margin = AT_BOUND * (high - low)
         if value <= low + margin and p.kind != "offset":
-            hits[p.name] = "at its lower bound" + {"amplitude": ": its term vanishes", "floor": " 0"}.get(
-                p.kind, f" {low:g}"
-            )
-        elif value >= high - margin:
-            hits[p.name] = f"at its upper bound {high:g}" if p.kind == "exponent" else "at its upper bound"
+            end = ": its term vanishes" if p.kind == "amplitude" else f" {p.bounds[0]:g}"
+            hits[p.name] = "at its lower bound" + end
+        elif value >= high - margin and p.kind != "ceiling":
+            end = f" {p.bounds[1]:g}" if p.kind in ("exponent", "other") else ""
+            hits[p.name] = "at its upper bound" + end
     return hits
 
 
@@ -103,10 +112,12 @@ def flat_profiles(problem: Problem, theta: Array) -> dict[str, str]:
     values = squares.values(optimum)
     flat = {}
     for p in problem.law.free:
-        if p.kind in ("amplitude", "offset"):
-            continue  # an amplitude follows its exponent; an offset is judged by its interval
+        if p.kind in ("amplitude", "offset", "ceiling"):
+            continue  # an amplitude follows its exponent; an offset or a ceiling is judged by its interval
         for factor in (0.5, 2.0):
             trial = values[p.name] * factor
+            if not p.bounds[0] <= trial <= p.bounds[1]:
+                continue
             if trial == values[p.name] or (p.kind == "floor" and trial >= problem.target_scale * problem.target.min()):
                 continue
             held = squares.with_law(Change("fix", p.name, value=trial))
@@ -131,10 +142,13 @@ def design_limits(law: Law, data: ResultsData) -> dict[str, str]:
     return limits
 
 
-def arbitrary_choices(asked: Law, law: Law) -> dict[str, str]:
-    """Constants that depend on what a reduction chose: an exponent held at a value of no meaning, a term left in the floor."""
+def arbitrary_choices(law: Law) -> dict[str, str]:
+    """Constants that depend on what a reduction chose: an exponent held at a value of no meaning, a term left in the floor.
+
+    Only changes that carry a reason were made because of the data; the others are the user's own.
+    """
     reasons: dict[str, str] = {}
-    for change in law.changes[len(asked.changes) :]:
+    for change in (c for c in law.changes if c.reason):
         if change.op == "drop":
             reasons[law.floor or ""] = f"it contains the term of {change.parameter}"
         for term in law.terms:
@@ -148,13 +162,30 @@ def arbitrary_choices(asked: Law, law: Law) -> dict[str, str]:
 def wide_interval(parameter: Parameter, low: float, high: float) -> str | None:
     """Why a 95% interval is too wide to name a value, or None."""
     if parameter.kind == "offset":
-        return None if low > 0 and high / low <= WIDE_RATIO["offset"] else "its interval reaches 0"
+        return None if low > 0 and high / low <= WIDE_RATIO["offset"] else f"{_REACHES_0} (95% below {high:.3g})"
+    if parameter.kind == "ceiling" and high >= parameter.bounds[1]:
+        return f"its interval reaches {parameter.bounds[1]:g} (95% above {low:.3g})"
     if low <= 0 <= high:
         return "its 95% interval contains 0"
     ratio = max(abs(low), abs(high)) / min(abs(low), abs(high))
     if ratio > WIDE_RATIO[parameter.kind]:
         return f"its 95% interval spans a factor {ratio:.2g}"
     return None
+
+
+class _Judged(Protocol):
+    """An estimate, which `analysis.result` defines above this module."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+
+
+def may_be_zero(law: Law, estimate: _Judged) -> bool:
+    """Whether an estimate is of an offset whose interval reaches 0: the law without it is a law too, and no fault of the runs."""
+    kinds = {p.name: p.kind for p in law.parameters}
+    return kinds.get(estimate.name) == "offset" and estimate.reason.startswith(_REACHES_0)
 
 
 def ties(law: Law) -> dict[str, list[str]]:

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from analysis.lr_curve import Curve
-from analysis.plots import BLACK, BLUE, FONT, GREEN, ORANGE, PURPLE, SMALL, VERMILION
+from analysis.lr_curve import Curve, RatedRun
+from analysis.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILION, finish, save_figure
 from dlcm.errors import UserError
 
 Array = np.ndarray
@@ -143,7 +145,8 @@ def analyse_transfer(frame: pd.DataFrame) -> Transfer:
     curves = []
     for (kind, n, width), group in runs[equal].groupby(["parametrization", "n", "d_token"]):
         if group["lr_token"].nunique() >= 3:
-            points = tuple(zip(group["lr_token"].astype(float), group["loss"].astype(float)))
+            columns = group["lr_token"].astype(float), group["loss"].astype(float), group["seed"].astype(int)
+            points = tuple(map(RatedRun, *columns))
             curves.append(Curve(str(kind), int(n), int(width), step, points))
     if not any(curve.parametrization == "mup" for curve in curves):
         raise UserError(
@@ -252,19 +255,19 @@ def transfer_json(transfer: Transfer) -> dict[str, Any]:
 def plot_transfer(ax: Axes, transfer: Transfer, parametrization: str) -> Axes:
     """Loss over the base learning rate by size: runs as points, the parabola, and its vertex with its 95% interval.
 
-    Diverged runs are left out.
+    Levels of seeds are taken off the losses. Diverged runs are left out.
     """
     for c, (colour, marker, line) in zip(transfer.of(parametrization), _STYLES):
-        rates, losses = np.array(c.runs).T
-        shown = np.isfinite(losses)
-        ax.plot(rates[shown], losses[shown], color=colour, marker=marker, ls="", ms=2.5, alpha=0.6)
+        shown = [run for run in c.runs if np.isfinite(run.loss)]
+        losses = [run.loss - c.levels[run.seed] for run in shown]
+        ax.plot([run.rate for run in shown], losses, color=colour, marker=marker, ls="", ms=2.5, alpha=0.6)
         label = f"N = {c.n / 1e6:.2g}M"
         if c.parabola is None:
             ax.plot(list(c.means), list(c.means.values()), color=colour, ls=line, lw=1, label=label)
             continue
         steps = np.linspace(c.window[0].min(), c.window[0].max(), 101)
         ax.plot(c.lowest * c.step**steps, np.polyval(c.parabola, steps), color=colour, ls=line, lw=1, label=label)
-        height = float(np.polyval(c.parabola, np.log(c.best / c.lowest) / np.log(c.step)))
+        height = float(np.polyval(c.parabola, c.steps_of(c.best)))
         if (found := transfer.interval(c)) is not None:
             ax.plot(found, [height, height], color=colour, lw=2.2, alpha=0.5, solid_capstyle="butt")
         ax.plot(c.best, height, marker="*", ms=8, color=colour, markeredgecolor=BLACK, markeredgewidth=0.5)
@@ -273,33 +276,31 @@ def plot_transfer(ax: Axes, transfer: Transfer, parametrization: str) -> Axes:
     ax.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.margins(y=0.12)
-    ax.set_xlabel("base learning rate", fontsize=FONT)
-    ax.set_ylabel("validation loss (nats)", fontsize=FONT)
     shift, sure = transfer.shift(parametrization), transfer.shift_interval(parametrization)
     interval = "" if sure is None else f" ({sure[0]:.1f} to {sure[1]:.1f})"
     told = "" if shift is None else f": moves {shift:.1f}{interval} steps"
-    ax.set_title(f"{'muP' if parametrization == 'mup' else parametrization}{told}", fontsize=FONT)
-    ax.tick_params(labelsize=SMALL)
-    ax.legend(fontsize=SMALL, frameon=False, ncols=3, loc="upper center", columnspacing=1.0, handlelength=1.6)
-    return ax
+    title = f"{'muP' if parametrization == 'mup' else parametrization}{told}"
+    return finish(ax, "base learning rate", "validation loss (nats/token)", legend="top", title=title)
 
 
-def save_transfer(transfer: Transfer, folder: Path) -> list[Path]:
-    """Write `lr.yaml` and the figure `lr_transfer.png` and `.svg`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from dlcm.record import write_atomic
-
+def draw_transfer(transfer: Transfer) -> Figure:
+    """A figure with a panel for each parametrization that was run."""
     kinds = [kind for kind in ("mup", "standard") if transfer.of(kind)]
     figure = Figure(figsize=(3.2 * len(kinds), 2.6), dpi=300, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for ax, kind in zip(axes, kinds):
         plot_transfer(ax, transfer, kind)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "lr.yaml", folder / "lr_transfer.png", folder / "lr_transfer.svg"]
-    write_atomic(paths[0], tuned_yaml(transfer))
-    for path in paths[1:]:
-        figure.savefig(path)
-    return paths
+    return figure
+
+
+def save_transfer(transfer: Transfer, folder: Path) -> list[Path]:
+    """Write `lr.yaml` and the figure `lr_transfer.png` and `.svg`."""
+    from dlcm.record import write_atomic
+
+    write_atomic(folder / "lr.yaml", tuned_yaml(transfer))
+    figure, facts = draw_transfer(transfer), {"results_hash": transfer.facts["results"][:12]}
+    return [
+        folder / "lr.yaml",
+        *(save_figure(figure, folder / f"lr_transfer{kind}", **facts) for kind in (".png", ".svg")),
+    ]

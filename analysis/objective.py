@@ -7,22 +7,19 @@ about 1e3.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
 
+from analysis.coordinates import Coordinates
 from analysis.data import ResultsData
-from analysis.laws import Change, Law
+from analysis.law import Change, Law
 from dlcm.errors import UserError
 
 Array = np.ndarray
 LossKind = Literal["log_huber", "log_mse", "mse"]
 LOSSES: tuple[LossKind, ...] = ("log_huber", "log_mse", "mse")
-
-_AMPLITUDE = (math.log(1e-7), math.log(1e4))  # of a term's share of the typical loss, at the centre
-_OFFSET = (0.0, 100.0)  # in units of the variable's geometric mean
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,15 +50,16 @@ class Problem:
         target = data.values(law.target)
         raw = law.compute_variables({name: data.values(name) for name in law.inputs})
         for name, values in {**raw, law.target: target}.items():
-            bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
+            bad = np.flatnonzero(~np.isfinite(values) | ((values <= 0) & (name in (*law.positive, law.target))))
             if bad.size:
                 raise UserError(
                     f"{data.source}: run {data.run_ids[bad[0]]}: {name} = {values[bad[0]]:g}, and law {law.name} needs it above 0"
                 )
-        scales = {name: float(np.exp(np.mean(np.log(values)))) for name, values in raw.items()}
         scale = float(np.exp(np.mean(np.log(target))))
-        centred = {name: values / scales[name] for name, values in raw.items()}
-        return cls(law, centred, target / scale, scales, scale, loss, delta)
+        scales, centred = law.centre(raw)
+        problem = cls(law, centred, target / scale, scales, scale, loss, delta)
+        law.check_on(problem.variables, data)
+        return problem
 
     def __len__(self) -> int:
         return len(self.target)
@@ -81,80 +79,40 @@ class Problem:
 
     # -- coordinates -----------------------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def coordinates(self) -> Coordinates:
+        """What theta stands for."""
+        return self.law.coordinates(self.scales, self.target_scale, float(self.target.max()))
+
     def bounds(self) -> tuple[Array, Array]:
         """Lower and upper bounds of theta, each (p,)."""
-        pairs = []
-        for parameter in self.law.free:
-            if parameter.kind == "floor":
-                pairs.append((0.0, float(self.target.max())))
-            else:
-                pairs.append({"amplitude": _AMPLITUDE, "offset": _OFFSET}.get(parameter.kind, parameter.bounds))
-        lower, upper = zip(*pairs) if pairs else ((), ())
-        return np.array(lower, dtype=float), np.array(upper, dtype=float)
+        return self.coordinates.bounds()
 
-    def _offset_scale(self, name: str) -> float:
-        return next(self.scales[f.variable] for t in self.law.terms for f in t.factors if f.offset == name)
-
-    @functools.cached_property
-    def held_values(self) -> dict[str, float]:
-        """Held parameters in scaled units."""
-        kinds = {p.name: p.kind for p in self.law.parameters}
-        divisor = {"floor": lambda _: self.target_scale, "offset": self._offset_scale, "exponent": lambda _: 1.0}
-        return {name: value / divisor[kinds[name]](name) for name, value in self.law.fixed}
-
-    def scaled_values(self, theta: Array) -> dict[str, float]:
-        """Centred constants from theta: logarithms of amplitudes undone, held parameters put in."""
-        free = self.law.free
-        return self.held_values | {
-            p.name: math.exp(t) if p.kind == "amplitude" else float(t) for p, t in zip(free, theta)
-        }
+    def evaluate(self, thetas: Array, *, gradient: bool) -> tuple[Array, list[Array]]:
+        """Predictions over the target's scale, and their derivatives by each entry of theta; see `Coordinates.evaluate`."""
+        return self.coordinates.evaluate(thetas, self.variables, gradient=gradient)
 
     def values(self, theta: Array) -> dict[str, float]:
         """Constants in natural units (parameters, tokens, nats) from theta."""
-        scaled = self.scaled_values(theta)
-        result = dict(scaled)
-        if self.law.floor:
-            result[self.law.floor] = scaled[self.law.floor] * self.target_scale
-        for term in self.law.terms:
-            log_amplitude = math.log(max(scaled[term.amplitude], 1e-300)) + math.log(self.target_scale)
-            for factor in term.factors:
-                log_amplitude -= factor.sign * scaled[factor.exponent] * math.log(self.scales[factor.variable])
-                if factor.offset:
-                    result[factor.offset] = scaled[factor.offset] * self.scales[factor.variable]
-            result[term.amplitude] = math.exp(log_amplitude)
-        return {p.name: result[p.name] for p in self.law.parameters}
+        return self.coordinates.values(theta)
 
     def theta(self, values: Mapping[str, float]) -> Array:
         """Theta from constants in natural units, clipped into the bounds."""
-        values = {**values, **dict(self.law.fixed)}
-        theta = []
-        amplitudes = {t.amplitude: t for t in self.law.terms}
-        for p in self.law.free:
-            if p.kind == "amplitude":
-                log_a = math.log(max(values[p.name], 1e-300)) - math.log(self.target_scale)
-                for f in amplitudes[p.name].factors:
-                    log_a += f.sign * values[f.exponent] * math.log(self.scales[f.variable])
-                theta.append(log_a)
-            elif p.kind == "exponent":
-                theta.append(values[p.name])
-            else:
-                theta.append(values[p.name] / (self.target_scale if p.kind == "floor" else self._offset_scale(p.name)))
-        return np.clip(np.array(theta, dtype=float), *self.bounds())
+        return np.clip(self.coordinates.theta(values), *self.bounds())
 
     # -- objective -------------------------------------------------------------------------------------------------
 
     def residuals(self, theta: Array) -> Array:
         """log(prediction / observation), or the difference over the target's scale under `mse`; (n,)."""
-        prediction = self.law.evaluate(self.scaled_values(theta), self.variables, gradient=False)[0]
+        prediction = self.evaluate(theta, gradient=False)[0]
         return np.log(prediction / self.target) if self.loss != "mse" else prediction - self.target
 
     def residuals_and_jacobian(self, theta: Array) -> tuple[Array, Array]:
         """Residuals (n,) and their derivatives by theta (n, p), analytic."""
-        scaled = self.scaled_values(theta)
-        prediction, partials = self.law.evaluate(scaled, self.variables, gradient=True)
+        prediction, partials = self.evaluate(theta, gradient=True)
         jacobian = np.empty((len(self), len(theta)))
-        for column, p in enumerate(self.law.free):
-            jacobian[:, column] = partials[p.name] * (scaled[p.name] if p.kind == "amplitude" else 1.0)
+        for column, partial in enumerate(partials):
+            jacobian[:, column] = partial
         if self.loss == "mse":
             return np.broadcast_to(prediction, self.target.shape) - self.target, jacobian
         return np.log(prediction / self.target), jacobian / (prediction[:, None] if prediction.ndim else prediction)

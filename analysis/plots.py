@@ -6,6 +6,7 @@ No global state: figures are made without pyplot, and sizes and colours are set 
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from analysis.data import ResultsData, numeric_column
 from analysis.design import levels
-from analysis.optimum import optimum
+from analysis.frontier import Frontier, frontier
 from analysis.result import FitResult
 from analysis.search import Cost, tokens_for_budget
 from dlcm.errors import UserError
@@ -30,6 +31,8 @@ COLUMN_WIDTH = 3.4
 """Inches: one column of a two-column page."""
 FONT = 8.0
 SMALL = 7.0
+_HANDLE, _LETTER = 0.33, 0.053
+"""Inches of a legend's handle with its margins, and of a letter of the small font."""
 
 # Okabe and Ito's palette; every series also has its own marker and line style, so that greyscale print keeps them apart.
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
@@ -37,14 +40,21 @@ BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
 )  # fmt: skip
 _DENSE = {"color": BLACK, "marker": "s", "linestyle": "--"}
 _DLCM = {"color": BLUE, "marker": "o", "linestyle": "-"}
-_RATIOS = (
+RUN_STYLES: tuple[dict[str, Any], ...] = (
     {"color": BLUE, "marker": "o", "linestyle": "-"},
     {"color": VERMILION, "marker": "^", "linestyle": "--"},
     {"color": GREEN, "marker": "D", "linestyle": "-."},
     {"color": PURPLE, "marker": "v", "linestyle": ":"},
     {"color": ORANGE, "marker": "P", "linestyle": (0, (5, 1, 1, 1, 1, 1))},
 )
+SHARES_APART = 0.05
+"""Shares P that differ by less are one."""
+FORMATS = (".png", ".svg", ".pdf")
 _GRID = "#E2E2E2"
+_MANY = 40
+"""Points of a series at one place, from which they are drawn small."""
+BAND_REFITS = 200
+"""Bootstrap refits behind a band that is looked at, not read off."""
 
 
 def new_figure(width: float = COLUMN_WIDTH, height: float = 2.6) -> tuple[Figure, Axes]:
@@ -52,6 +62,18 @@ def new_figure(width: float = COLUMN_WIDTH, height: float = 2.6) -> tuple[Figure
     figure = Figure(figsize=(width, height), dpi=300, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
+
+
+def new_panels(n: int, height: float = 2.3, *, share_x: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure of `n` Axes, each a column wide and `height` inches high: under each other, from five on in two columns."""
+    n_columns = 1 if n < 5 else 2
+    n_rows = -(-n // n_columns)
+    figure = Figure(figsize=(COLUMN_WIDTH * n_columns, 0.3 + height * n_rows), dpi=300, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(n_rows, n_columns, squeeze=False, sharex=share_x).ravel()
+    for ax in axes[n:]:
+        ax.set_axis_off()
+    return figure, list(axes[:n])
 
 
 def save_figure(figure: Figure, path: str | Path, *, data: ResultsData | None = None, **provenance: str) -> Path:
@@ -78,7 +100,7 @@ def save_figure(figure: Figure, path: str | Path, *, data: ResultsData | None = 
         ".svg": {"Creator": "dlcm-scaling", "Description": text, "Date": None},
         ".pdf": {"Creator": "dlcm-scaling", "Subject": text, "CreationDate": None},
     }
-    if path.suffix not in kinds:
+    if path.suffix not in FORMATS:
         raise UserError(
             f"{path}: figures are saved as .png, .svg or .pdf, not {path.suffix or 'a file without suffix'}"
         )
@@ -98,29 +120,32 @@ def plot_loss_vs_compute(
     dense: FitResult | None = None,
     dlcm: FitResult | None = None,
     cost: Cost | None = None,
+    frontiers: Mapping[str, Frontier] | None = None,
 ) -> Axes:
     """Validation loss of every run against its training FLOPs, with the least loss that each fit predicts.
 
-    The best run of each budget is filled, the others are hollow. The frontiers (least predicted loss at each budget) are
-    drawn over the span of the runs, where a fit and the cost function are given.
+    The best run of each budget is filled, the others are hollow. The frontiers (least predicted loss at each budget, with
+    their 95% band) are drawn over the span of the runs, where a fit and the cost function are given, or the frontiers themselves.
     """
     for family, label, style, fit in (("dense", "dense", _DENSE, dense), ("dlcm", "DLCM", _DLCM, dlcm)):
         rows = data.of_family(family)
         if not len(rows):
             continue
         best = _best_of_each_budget(rows)
-        ax.scatter(rows.C[~best], rows.loss[~best], s=11, alpha=0.6, **_points(style, hollow=True), zorder=2)
-        ax.scatter(rows.C[best], rows.loss[best], s=20, label=f"{label}, best run", **_points(style), zorder=3)
-        if fit is not None and cost is not None:
-            budgets = np.geomspace(rows.C.min(), rows.C.max(), 25)
-            frontier = [
-                optimum(dataclasses.replace(fit, replicates=fit.replicates[:0]), cost, c, extrapolate=True).loss
-                for c in budgets
-            ]
+        ax.scatter(rows.C[~best], rows.loss[~best], s=11, alpha=0.6, **points_style(style, hollow=True), zorder=2)
+        ax.scatter(rows.C[best], rows.loss[best], s=20, label=f"{label}, best run", **points_style(style), zorder=3)
+        best_at = (frontiers or {}).get(family)
+        if best_at is None and fit is not None and cost is not None and rows.C.max() > 1.001 * rows.C.min():
+            few = dataclasses.replace(fit, replicates=fit.replicates[:BAND_REFITS])
+            best_at = frontier(few, cost, np.geomspace(rows.C.min(), rows.C.max(), 13), force=True)
+        if best_at is not None:
             line: dict[str, Any] = {"color": style["color"], "linestyle": style["linestyle"]}
-            ax.plot(budgets, frontier, linewidth=1.2, label=f"{label}, fitted frontier", **line)
-    _log_axis(ax, "x", data.C)
-    return _finish(ax, "training compute (FLOPs)", "validation loss (nats/token)", legend="top")
+            ax.plot(best_at.budgets, best_at.points[:, 4], linewidth=1.2, label=f"{label}, fitted frontier", **line)
+            if best_at.low is not None and best_at.high is not None:
+                band = (best_at.low[:, 4], best_at.high[:, 4])
+                ax.fill_between(best_at.budgets, *band, color=style["color"], alpha=0.15, linewidth=0, zorder=1)
+    log_axis(ax, "x", data.C)
+    return finish(ax, "training compute (FLOPs)", "validation loss (nats/token)", legend="top")
 
 
 def plot_loss_vs_share(
@@ -146,13 +171,13 @@ def plot_loss_vs_share(
     rows = rows.take(np.abs(np.log(rows.C / budget)) < np.log(1.15))
     if not len(rows):
         raise UserError(f"{data.source}: no DLCM run within 15% of {budget:.3g} training FLOPs")
-    target = _target(rows)
+    target = ratio_levels(rows)
     sizes = np.geomspace(rows.N.min(), rows.N.max(), 41 if len(levels(rows.N)) > 1 else 1)
-    for ratio, style in zip(np.unique(target), itertools.cycle(_RATIOS)):
+    for ratio, style in zip(np.unique(target), itertools.cycle(RUN_STYLES)):
         at = rows.take(target == ratio)
         best = _best_of_each_share(at)
-        ax.scatter(at.P[~best], at.loss[~best], s=11, alpha=0.6, **_points(style, hollow=True), zorder=2)
-        ax.scatter(at.P[best], at.loss[best], s=20, **_points(style), label=f"R = {ratio:g}", zorder=3)
+        ax.scatter(at.P[~best], at.loss[~best], s=11, alpha=0.6, **points_style(style, hollow=True), zorder=2)
+        ax.scatter(at.P[best], at.loss[best], s=20, **points_style(style), label=f"R = {ratio:g}", zorder=3)
         if fit is not None and cost is not None:
             shares, N = np.meshgrid(np.linspace(rows.P.min(), rows.P.max(), 60), sizes)
             R = np.full_like(shares, np.median(at.R))
@@ -160,11 +185,11 @@ def plot_loss_vs_share(
             line: dict[str, Any] = {"color": style["color"], "linestyle": style["linestyle"]}
             ax.plot(shares[0], fit.predict(N=N, D=D, R=R, P=shares).min(axis=0), linewidth=1.1, **line)
     ax.margins(x=0.08, y=0.12)
-    title = f"at {_power(budget)} training FLOPs" + (
+    title = f"at {format_power(budget)} training FLOPs" + (
         ", lines: fitted law" if fit is not None and cost is not None else ""
     )
     title += ", best size" if len(sizes) > 1 else ""
-    return _finish(ax, "backbone share P of the parameters", "validation loss (nats/token)", legend="top", title=title)
+    return finish(ax, "backbone share P of the parameters", "validation loss (nats/token)", legend="top", title=title)
 
 
 def plot_realised_ratio(ax: Axes, data: ResultsData, *, tolerance: float = 0.05) -> Axes:
@@ -172,9 +197,11 @@ def plot_realised_ratio(ax: Axes, data: ResultsData, *, tolerance: float = 0.05)
     rows = data.dlcm
     target = _target(rows)
     ratios = np.unique(target)
+    many = np.unique(target, return_counts=True)[1].max() > _MANY
+    size, alpha = (6, 0.5) if many else (14, 1.0)
     series = (
-        ("training, last 10%", "tokens_per_concept_train", _RATIOS[0], -0.09),
-        ("evaluation", "tokens_per_concept", _RATIOS[1], 0.09),
+        ("training, last 10%", "tokens_per_concept_train", RUN_STYLES[0], -0.09),
+        ("evaluation", "tokens_per_concept", RUN_STYLES[1], 0.09),
     )
     ax.axhspan(-100 * tolerance, 100 * tolerance, color=_GRID, zorder=0, label=f"within {100 * tolerance:g}%")
     ax.axhline(0, color="#707070", linewidth=0.8, zorder=1)
@@ -186,17 +213,23 @@ def plot_realised_ratio(ax: Axes, data: ResultsData, *, tolerance: float = 0.05)
         order = np.argsort(target, kind="stable")
         place[order] = place[order] + fan
         ax.scatter(
-            place, 100 * (realised / target - 1), s=14, label=label, **_points(style, hollow=shift < 0), zorder=3
+            place,
+            100 * (realised / target - 1),
+            s=size,
+            alpha=alpha,
+            label=label,
+            **points_style(style, hollow=shift < 0),
+            zorder=3,
         )
     ax.set_xticks(range(len(ratios)), [f"{r:g}" for r in ratios])
     ax.set_xlim(-0.5, len(ratios) - 0.5)
     worst = max(abs(v) for v in ax.dataLim.intervaly)
     ax.set_ylim(-1.15 * max(worst, 100 * tolerance), 1.15 * max(worst, 100 * tolerance))
-    return _finish(ax, "target tokens per concept R", "realised over target (%)", legend="top")
+    return finish(ax, "target tokens per concept R", "realised over target (%)", legend="top")
 
 
 def plot_predicted_vs_measured(ax: Axes, data: ResultsData, fits: Sequence[FitResult]) -> Axes:
-    """Predicted against measured loss of the runs that each fit was made on, with the line of equality."""
+    """Predicted against measured loss (or what else the law is of) of the runs of each fit, with the line of equality."""
     everything: list[float] = []
     for fit in fits:
         fit.convention.require_same(data.convention, "predicted against measured")
@@ -205,9 +238,10 @@ def plot_predicted_vs_measured(ax: Axes, data: ResultsData, fits: Sequence[FitRe
         predicted = fit.predict(
             **{name: rows.values(name) for name in dict.fromkeys(("N", "D", "R", "P", *fit.law.inputs))}
         )
-        everything += [*predicted.tolist(), *rows.loss.tolist()]
+        measured = rows.values(fit.law.target)
+        everything += [*predicted.tolist(), *measured.tolist()]
         label = f"{'dense' if fit.law.family == 'dense' else 'DLCM'}, {100 * fit.rms:.2g}% rms"
-        ax.scatter(rows.loss, predicted, s=16, label=label, **_points(style, hollow=True), zorder=3)
+        ax.scatter(measured, predicted, s=16, label=label, **points_style(style, hollow=True), zorder=3)
     if not everything:
         raise UserError(f"{data.source}: no fit to compare with the runs")
     margin = 0.06 * (max(everything) - min(everything) or 1.0)
@@ -218,7 +252,9 @@ def plot_predicted_vs_measured(ax: Axes, data: ResultsData, fits: Sequence[FitRe
     ax.set_aspect("equal")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(5))
-    return _finish(ax, "measured loss (nats/token)", "predicted loss (nats/token)", legend="upper left")
+    targets = {fit.law.target for fit in fits}
+    what = "loss (nats/token)" if targets == {"loss"} else ", ".join(sorted(targets)).replace("_", " ")
+    return finish(ax, f"measured {what}", f"predicted {what}", legend="upper left")
 
 
 # -- shared -----------------------------------------------------------------------------------------------------------
@@ -228,6 +264,14 @@ def _target(rows: ResultsData) -> Array:
     return numeric_column(rows.frame, "compression_target", rows.source)
 
 
+def ratio_levels(rows: ResultsData) -> Array:
+    """R of each run as the sweep asked for it, or the level of the realised R where that is not known."""
+    if "compression_target" in rows.frame:
+        return rows.values("compression_target")
+    found = np.array(levels(rows.R))
+    return found[np.argmin(np.abs(np.log(rows.R[:, None] / found)), axis=1)].round(2)
+
+
 def _best_of_each_budget(rows: ResultsData) -> Array:
     """Mask of the runs with the least loss among those of nearly the same training FLOPs."""
     starts = np.array(levels(rows.C, 1.3))
@@ -235,7 +279,7 @@ def _best_of_each_budget(rows: ResultsData) -> Array:
     return _least_in_groups(rows.loss, group)
 
 
-def _best_of_each_share(rows: ResultsData, width: float = 0.04) -> Array:
+def _best_of_each_share(rows: ResultsData, width: float = SHARES_APART) -> Array:
     """Mask of the runs with the least loss among those of nearly the same share P."""
     order = np.argsort(rows.P)
     group = np.empty(len(rows), dtype=int)
@@ -248,7 +292,8 @@ def _least_in_groups(values: Array, group: Array) -> Array:
     return np.array([v == least[g] for v, g in zip(values, group.tolist())], dtype=bool)
 
 
-def _points(style: Mapping[str, Any], *, hollow: bool = False) -> dict[str, Any]:
+def points_style(style: Mapping[str, Any], *, hollow: bool = False) -> dict[str, Any]:
+    """Keywords of `scatter` for a series' style."""
     color = style["color"]
     return {
         "marker": style["marker"],
@@ -258,7 +303,8 @@ def _points(style: Mapping[str, Any], *, hollow: bool = False) -> dict[str, Any]
     }
 
 
-def _finish(ax: Axes, x: str, y: str, *, legend: str, title: str = "") -> Axes:
+def finish(ax: Axes, x: str, y: str, *, legend: str, title: str = "") -> Axes:
+    """Labels, ticks, grid and legend as in all figures of this toolkit; `legend` is a place, `top`, or empty for none."""
     ax.set_xlabel(x, fontsize=FONT)
     ax.set_ylabel(y, fontsize=FONT)
     ax.tick_params(labelsize=SMALL, length=2.5, width=0.6)
@@ -276,24 +322,38 @@ def _finish(ax: Axes, x: str, y: str, *, legend: str, title: str = "") -> Axes:
         "labelspacing": 0.3,
     }
     style |= {"title": title or None, "title_fontsize": SMALL}
-    if legend == "top":
+    if not legend:
+        ax.set_title(title, fontsize=SMALL, loc="left")
+    elif legend == "top":
         # above the data: inside it might cover them, beside them it would take a third of a column's width
         labels = ax.get_legend_handles_labels()[1]
-        columns = 2 if max(map(len, labels), default=0) > 18 else 4 if title else 3
         place: dict[str, Any] = {
             "loc": "lower left",
             "bbox_to_anchor": (0.0, 1.0),
             "alignment": "left",
             "columnspacing": 1.0,
         }
-        ax.legend(ncols=max(min(len(labels), columns), 1), **place, **style)
+        ax.legend(ncols=_legend_columns(labels), **place, **style)
     else:
         style["loc"] = legend
         ax.legend(**style)
     return ax
 
 
-def _log_axis(ax: Axes, which: str, values: Array) -> None:
+def _legend_columns(labels: Sequence[str], room: float = COLUMN_WIDTH - 0.35) -> int:
+    """The most columns, four at the most, whose entries fit into a width in inches."""
+    widths = [_HANDLE + _LETTER * len(re.sub(r"\\\w+|[${}^_\\]", "", label)) for label in labels]
+    for n in range(min(len(labels), 4), 1, -1):
+        rows = -(-len(labels) // n)
+        # a legend is filled column by column, the first ones with the rows that are over
+        full = len(labels) - n * (rows - 1)
+        starts = [rows * i if i <= full else rows * full + (rows - 1) * (i - full) for i in range(n + 1)]
+        if sum(max(widths[a:b]) for a, b in zip(starts, starts[1:])) <= room:
+            return n
+    return 1
+
+
+def log_axis(ax: Axes, which: str, values: Array) -> None:
     """A logarithmic axis with few, round ticks even where the data span less than a decade."""
     values = values[np.isfinite(values) & (values > 0)]
     low, high = float(values.min()), float(values.max())
@@ -304,22 +364,30 @@ def _log_axis(ax: Axes, which: str, values: Array) -> None:
     (ax.set_xlim if which == "x" else ax.set_ylim)(low, high)
     axis.set_major_locator(FixedLocator(_round_ticks(low, high)))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda v, _: _power(v)))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: format_power(v)))
+
+
+def ratio_ticks(low: float, high: float) -> list[float]:
+    """Ticks of an axis of tokens per concept, few of them."""
+    found = [t for t in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256) if low * 0.99 <= t <= high * 1.01]
+    return found if len(found) <= 6 else [t for t in found if np.log2(t) % 1 == 0]
 
 
 def _round_ticks(low: float, high: float) -> list[float]:
-    """Up to six ticks from 1, 2, 5 or finer, whichever set first gives three of them."""
+    """Up to six ticks from 1, 2, 5 or finer, whichever set first gives three of them; four where their labels are long."""
     first, last = int(np.floor(np.log10(low))), int(np.ceil(np.log10(high)))
     ticks: list[float] = []
+    mantissas: tuple[float, ...] = ()
     for mantissas in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 6, 8), tuple(np.arange(10, 100) / 10)):
         ticks = [m * 10.0**e for e in range(first, last + 1) for m in mantissas if low <= m * 10.0**e <= high]
         if len(ticks) >= 3:
             break
-    step = -(-len(ticks) // 6)
+    step = -(-len(ticks) // (6 if len(mantissas) < 4 else 4))
     return ticks[::step] if step else ticks
 
 
-def _power(value: float) -> str:
+def format_power(value: float) -> str:
+    """A number as mantissa and power of ten, for a label."""
     exponent = int(np.floor(np.log10(value) + 1e-9))
     mantissa = value / 10.0**exponent
     return f"$10^{{{exponent}}}$" if abs(mantissa - 1) < 0.005 else f"${mantissa:.2g}{{\\times}}10^{{{exponent}}}$"

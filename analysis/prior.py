@@ -112,6 +112,10 @@ def prior_from_fit(result: FitResult, source: str = "") -> Prior:
     Raises:
         UserError: the fit dropped a term, or has no run to spare: it knows nothing of that term, or of the noise.
     """
+    if not result.law.terms or result.law.name not in (laws.CHINCHILLA.name, laws.COMPRESSION_AWARE.name):
+        raise UserError(
+            f"{source or 'prior'}: a fit of law {result.law.name}; sweeps are planned with compression_aware or chinchilla"
+        )
     law, values = laws.get(result.law.name), dict(result.values)
     for change in result.law.changes:
         if change.op == "drop":

@@ -6,7 +6,7 @@ d theta. The optimum x* = argmin L(x; theta) under cost(x, D) = target moves wit
     G = dx*/dtheta = -(d²L/dx²)^-1 d²L/dx dtheta,
 
 so a set with information M = sum J_i leaves it with covariance G M^-1 G'. The criterion is the mean of log variances over
-log N*, log R* and P* (those that lie inside their range): scale-free, and so is the greedy choice of the run that lowers it
+`log N*`, `log R*` and `P*` (those that lie inside their range): scale-free, and so is the greedy choice of the run that lowers it
 most for its price. It is averaged over draws from around the prior, because a design that is best for one set of constants
 alone is fragile: it puts all runs where that law bends, and cannot notice that another bends elsewhere. A small weight on
 log det M keeps every constant of the law estimable.
@@ -165,10 +165,8 @@ def _gradient_by_theta(problem: Problem, theta: Array, points: Array, tokens: Ar
     """dL/dtheta at points (log N, log R, P), (m, p), by the law's analytic gradient on the problem's centred variables."""
     N, R, P = np.exp(points[:, 0]), np.exp(points[:, 1]), points[:, 2]
     raw = problem.law.compute_variables({"N": N, "D": tokens, "R": R, "P": P})
-    scaled = problem.scaled_values(theta)
     centred = {name: v / problem.scales[name] for name, v in raw.items()}
-    partials = problem.law.evaluate(scaled, centred, gradient=True)[1]
-    columns = [partials[p.name] * (scaled[p.name] if p.kind == "amplitude" else 1.0) for p in problem.law.free]
+    columns = problem.coordinates.evaluate(theta, centred, gradient=True)[1]
     return problem.target_scale * np.stack([np.broadcast_to(c, N.shape) for c in columns], axis=1)
 
 

@@ -8,25 +8,21 @@ from typing import Any
 import pandas as pd
 
 from analysis import laws
-from analysis.compare import RATIO_TOLERANCE, Comparison, compare_at_matched_compute, ratio_table
+from analysis.accuracy import AccuracyTable, flops_vs_accuracy
+from analysis.compare import Comparison, compare_at_matched_compute, ratio_table
 from analysis.cost import cost_of_results, require_priced
 from analysis.data import ResultsData, load_results, records
 from analysis.design import Support, describe_support, levels
+from analysis.figure_context import FigureContext
+from analysis.figures import save_figures
 from analysis.fit import fit
+from analysis.html_report import write_html
 from analysis.optimum import Optimum, optimum
-from analysis.plots import (
-    new_figure,
-    plot_loss_vs_compute,
-    plot_loss_vs_share,
-    plot_predicted_vs_measured,
-    plot_realised_ratio,
-    save_figure,
-)
+from analysis.plots import BAND_REFITS
 from analysis.report_text import format_summary
 from analysis.result import FitResult
 from analysis.savings import Savings, savings
 from analysis.search import Cost
-from analysis.tables import flops_vs_accuracy, format_table
 from dlcm.errors import UserError
 from dlcm.record import write_atomic
 
@@ -58,7 +54,7 @@ class Analysis:
     comparisons: tuple[Comparison, ...]
     support: dict[str, Support]
     ratios: pd.DataFrame
-    table: pd.DataFrame
+    table: AccuracyTable
     missing: tuple[str, ...]
     files: tuple[Path, ...]
     out_dir: Path
@@ -98,17 +94,19 @@ def analyze(
     results_path: str | Path,
     out_dir: str | Path,
     *,
+    data: ResultsData | None = None,
     cost: Cost | None = None,
     budget: float | None = None,
     seed: int = 0,
-    n_bootstrap: int = 200,
+    n_bootstrap: int = 1000,
     tell: Tell | None = None,
 ) -> Analysis:
     """Fit both families, find the optimum, compare, plot, tabulate, and write it all down.
 
     Args:
         results_path: results file or sweep folder.
-        out_dir: gets plots/, tables/, fits/ and summary.md.
+        out_dir: gets report.html, plots/, tables/, fits/ and summary.md.
+        data: the rows to analyse, where they were loaded with a mapping or with exclusions; all of the results by default.
         cost: training FLOPs, `cost(N, D, R, P)`; that of the sweep beside the results by default.
         budget: training FLOPs to allocate; the largest that was run by default.
         seed: seeds starts and bootstrap.
@@ -120,7 +118,7 @@ def analyze(
     """
     tell = tell or (lambda _: None)
     out = Path(out_dir)
-    data = load_results(results_path)
+    data = load_results(results_path) if data is None else data
     table = flops_vs_accuracy(data)
     ratios = ratio_table(data)
     missing: list[str] = []
@@ -130,14 +128,14 @@ def analyze(
         except UserError as error:
             missing.append(f"optimum, frontiers and savings: {error}")
     if cost is not None:
-        require_priced(data.convention)
+        require_priced(data.convention, cost)
     fits = _fit_families(data, missing, tell, seed=seed, n_bootstrap=n_bootstrap)
     best_family = data.dlcm if len(data.dlcm) else data
     budget = float(budget) if budget else levels(best_family.C, _SAME_BUDGET)[-1]
     optima, saved = _allocate(fits, cost, budget, missing, tell)
     tell("drawing plots and writing tables")
     files = [*_write_fits(fits, out / "fits"), *_write_tables(table, out / "tables")]
-    files += draw_plots(data, fits, cost, budget, out / "plots", missing)
+    files += _draw_plots(data, fits, cost, budget, out / "plots", missing)
     analysis = Analysis(
         data=data,
         budget=budget,
@@ -149,9 +147,10 @@ def analyze(
         ratios=ratios,
         table=table,
         missing=tuple(missing),
-        files=(*files, out / "summary.md"),
+        files=(*files, out / "summary.md", out / "report.html"),
         out_dir=out,
     )
+    write_html(analysis, out / "report.html", cost, tell)
     write_atomic(out / "summary.md", analysis.summary() + "\n")
     return analysis
 
@@ -187,7 +186,10 @@ def _allocate(
             missing.append(f"optimum of the {family} models: {error}")
     if "dlcm" in optima and "dense" in fits:
         tell("comparing with the dense frontier")
-        return optima, savings(optima["dlcm"], fits["dense"], cost)
+        try:
+            return optima, savings(optima["dlcm"], fits["dense"], cost)
+        except UserError as error:
+            missing.append(f"savings: {error}")
     return optima, None
 
 
@@ -199,39 +201,26 @@ def _write_fits(fits: dict[str, FitResult], folder: Path) -> list[Path]:
     return paths
 
 
-def _write_tables(table: pd.DataFrame, folder: Path) -> list[Path]:
+def _write_tables(table: AccuracyTable, folder: Path) -> list[Path]:
     paths = []
     for fmt in ("csv", "md", "tex"):
         path = folder / f"flops_vs_accuracy.{fmt}"
-        write_atomic(path, format_table(table, fmt))
+        write_atomic(path, table.format(fmt))
         paths.append(path)
     return paths
 
 
-def draw_plots(
+def _draw_plots(
     data: ResultsData, fits: dict[str, FitResult], cost: Cost | None, budget: float, folder: Path, missing: list[str]
 ) -> list[Path]:
-    """Write the four plots as PNG and SVG; what cannot be drawn is added to `missing`."""
-    dense, dlcm = fits.get("dense"), fits.get("dlcm")
-    draw: dict[str, Callable[[Any], Any]] = {
-        "loss_vs_compute": lambda ax: plot_loss_vs_compute(ax, data, dense=dense, dlcm=dlcm, cost=cost),
-        "loss_vs_share": lambda ax: plot_loss_vs_share(
-            ax, data, budget=_nearest_budget(data, budget), fit=dlcm, cost=cost
-        ),
-        "realised_ratio": lambda ax: plot_realised_ratio(ax, data, tolerance=RATIO_TOLERANCE),
-        "predicted_vs_measured": lambda ax: plot_predicted_vs_measured(ax, data, list(fits.values())),
-    }
-    paths = []
-    for name in PLOTS:
-        if name in ("loss_vs_share", "realised_ratio") and not len(data.dlcm):
-            missing.append(f"plot {name}: the results hold no finished dlcm run")
-            continue
-        figure, ax = new_figure()
-        draw[name](ax)
-        paths += [save_figure(figure, folder / f"{name}.{suffix}", data=data) for suffix in ("png", "svg")]
-    return paths
+    """Write `PLOTS` as PNG and SVG; what cannot be drawn is added to `missing`."""
 
+    def find_cost() -> Cost:
+        if cost is None:
+            raise UserError("the models cannot be priced")  # why not stands among what is missing already
+        return cost
 
-def _nearest_budget(data: ResultsData, budget: float) -> float:
-    """The budget at which DLCM runs were made that lies nearest to the one asked for."""
-    return min(levels(data.dlcm.C, _SAME_BUDGET), key=lambda c: abs(c / budget - 1))
+    few = {family: dataclasses.replace(f, replicates=f.replicates[:BAND_REFITS]) for family, f in fits.items()}
+    drawn = save_figures(FigureContext(data, find_cost, saved=few, asked=budget), PLOTS, folder)
+    missing += [f"plot {name}: {reason}" for name, reason in drawn.missing.items()]
+    return list(drawn.files)

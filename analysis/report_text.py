@@ -83,7 +83,7 @@ def _ratios(analysis: "Analysis") -> list[str]:
         "",
     ]
     if not len(analysis.ratios):
-        return [*lines, "No DLCM run."]
+        return [*lines, "The ratios that were asked for are not known." if len(analysis.data.dlcm) else "No DLCM run."]
     n_held = list(analysis.ratios["held"]).count("yes")
     return [
         *lines,

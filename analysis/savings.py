@@ -1,20 +1,29 @@
-"""What the DLCM saves against the dense baseline: the FLOPs that a dense model needs for the same predicted loss."""
+"""What the DLCM saves against the dense baseline: the FLOPs that a dense model needs for the same predicted loss.
+
+Of training, of a lifetime of served tokens, or of serving a token at the same number of training tokens: whatever the budget of
+the optimum counts. Where the tokens are given, the dense model has the same.
+"""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from analysis.optimum import Optimum
+from analysis.allocation import replicate_columns, require_known_tokens
+from analysis.budget import find_root, price, sizes_for_budget
+from analysis.cost import training_of
+from analysis.optimum import Optimum, describe_outside
 from analysis.result import FitResult
-from analysis.search import Cost, tokens_for_budget
+from analysis.search import Cost, Search
 from dlcm.errors import UserError
 
 Array = np.ndarray
+Columns = Mapping[str, Array]
 
 _DECADES = 3.0
-_POINTS = 121
-_SIZES = 81
+_EXACT = 1e-11
+_REACH = _DECADES * np.log(10)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,74 +31,92 @@ class Savings:
     """FLOPs saved at equal predicted loss; negative where the dense model needs fewer.
 
     Attributes:
-        budget: training FLOPs of the DLCM.
+        budget: FLOPs of the DLCM, in `unit`. unit: what is counted.
+        tokens: D of both, where it was given.
         dense_flops: what the dense model needs for the same loss; None where it is beyond three decades of the budget.
         share: 1 - budget / dense_flops.
         low: lower end of the 95% interval of `share`; None without bootstraps, or where more than 2.5% of the pairs have no
             answer. high: upper end.
+        decades_outside: how far that dense model lies outside the dense runs.
         text: the finding in a sentence.
     """
 
     budget: float
+    unit: str
+    tokens: float | None
     dense_flops: float | None
     share: float | None
     low: float | None
     high: float | None
+    decades_outside: Mapping[str, float]
     status: str
     text: str
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "decades_outside": dict(self.decades_outside)}
 
 
 def savings(best: Optimum, dense: FitResult, cost: Cost, *, sizes: tuple[float, float] | None = None) -> Savings:
     """Compare a DLCM's optimum with the dense frontier at equal predicted loss.
 
-    Bootstrap refits of both are paired at random order of their draws, which are independent.
+    Bootstrap refits of both are paired in the order of their draws: independent, or the same runs where both families were
+    fitted together.
 
     Args:
         best: the DLCM's optimum.
         dense: the fit of the dense baseline.
-        cost: training FLOPs of either, `cost(N, D, R, P)`; the dense model is R = 1, P = 0.
-        sizes: dense model sizes that may be chosen; those between the dense runs by default: no size is extrapolated.
+        cost: what the budget counts, for either family, `cost(N, D, R, P)`; the dense model is R = 1, P = 0.
+        sizes: dense model sizes that may be chosen. By default those between the dense runs, so that no size is extrapolated;
+            any where the tokens are given, since nothing but the size can make up for the loss then.
 
     Raises:
-        UserError: the two fits are under different conventions, or `dense` is no fit of the dense baseline.
+        UserError: the two fits are under different conventions, `dense` is no fit of the dense baseline, or its runs do not tell
+            what tokens are worth.
     """
     if dense.law.family != "dense":
         raise UserError(f"savings: law {dense.law.name} is not a law of the dense baseline")
     best.convention.require_same(dense.convention, "savings")
-    frontier = DenseFrontier(dense, cost, best.budget, sizes)
-    needed = frontier.flops_for_loss(dense.values, best.loss)
+    baseline = DenseBaseline(dense, cost, best.budget, best.tokens, sizes)
+    own = {name: np.array([value]) for name, value in dense.values.items()}
+    flops = float(baseline.flops_for_losses(own, np.array([best.loss]))[0])
+    needed = flops if 0 < flops < np.inf else None
     share = None if needed is None else 1 - best.budget / needed
-    drawn = []
-    for values, loss in zip(dense.replicate_values(), best.replicates[:, 4]):
-        flops = frontier.flops_for_loss(values, float(loss))
-        # beyond the searched decades: as good as never (all saved) above, as good as free (lost without bound) below
-        drawn.append(1 - best.budget / flops if flops else (1.0 if frontier.never(values, float(loss)) else -np.inf))
-    low, high = np.percentile(drawn, [2.5, 97.5], method="nearest") if drawn else (None, None)
-    low, high = (None if v is None else float(v) for v in (low, high))
-    status, text = _judge(best, needed, share, low, high, dense)
+    low = high = None
+    if n := min(len(dense.replicates), len(best.replicates)):
+        columns = {name: column[:n] for name, column in replicate_columns(dense).items()}
+        with np.errstate(divide="ignore"):
+            # out of reach counts as all saved above the budget, and as lost without bound below it
+            drawn = 1 - best.budget / baseline.flops_for_losses(columns, best.replicates[:n, 4])
+        low, high = (float(v) for v in np.percentile(drawn, [2.5, 97.5], method="nearest"))
+    outside = baseline.outside(needed) if needed is not None else {}
+    status, text = _judge(best, needed, share, low, high, dense, outside)
     finite = [None if v is None or not np.isfinite(v) else v for v in (low, high)]
-    return Savings(best.budget, needed, share, finite[0], finite[1], status, text)
+    return Savings(best.budget, best.unit, best.tokens, needed, share, finite[0], finite[1], outside, status, text)
 
 
 def _judge(
-    best: Optimum, needed: float | None, share: float | None, low: float | None, high: float | None, dense: FitResult
+    best: Optimum,
+    needed: float | None,
+    share: float | None,
+    low: float | None,
+    high: float | None,
+    dense: FitResult,
+    outside: Mapping[str, float],
 ) -> tuple[str, str]:
-    remarks = [f"dense: the fit behind it is {dense.status}"] if dense.status != "converged" else []
+    remarks = [f"dense: the fit behind it is {dense.status}"] if dense.status != "certified" else []
     remarks += [f"DLCM: {note}" for note in best.notes[:1]]
-    if needed is not None and (beyond := dense.outside(C=needed)) and dense.ranges["C"][1] > 0:
-        remarks.append(f"the dense FLOPs lie {beyond['C']:.2g} decades outside the dense runs")
+    if outside:
+        remarks.append(f"that dense model lies {describe_outside(outside)}")
     rest = "".join(f"; {remark}" for remark in remarks)
+    unit = best.unit if best.tokens is None else f"{best.unit} at D = {best.tokens:.3g}"
     if share is None or needed is None:
         return "not identified", (
-            f"no dense model within {_DECADES:g} decades of {best.budget:.3g} FLOPs has a predicted loss of {best.loss:.4f}: "
+            f"no dense model within {_DECADES:g} decades of {best.budget:.3g} {unit} has a predicted loss of {best.loss:.4f}: "
             f"the savings are not identified{rest}"
         )
     interval = "no interval" if low is None or high is None else f"95% {100 * low:+.0f}% to {100 * high:+.0f}%"
-    needs = f"{needed:.3g} FLOPs for the loss that the DLCM reaches with {best.budget:.3g} "
+    needs = f"{needed:.3g} {unit} for the loss that the DLCM reaches with {best.budget:.3g} "
     undecided = low is not None and high is not None and low < 0 < high
     winner = "the dense model wins at this scale: it" if share < 0 and not undecided else "the dense model"
     fact = f"{winner} needs {needs}"
@@ -99,37 +126,95 @@ def _judge(
     return "ok", fact + rest
 
 
-class DenseFrontier:
-    """Least predicted loss of the dense model against its training FLOPs, three decades to either side of a budget."""
+class DenseBaseline:
+    """The least FLOPs at which a dense law has a predicted loss, searched over three decades to either side of a budget.
 
-    def __init__(self, dense: FitResult, cost: Cost, budget: float, sizes: tuple[float, float] | None = None):
-        low, high = sizes or dense.ranges["N"]
-        self.law = dense.law
-        self.budgets = budget * 10 ** np.linspace(-_DECADES, _DECADES, _POINTS)
-        n = np.geomspace(low, high, _SIZES)
-        ones, zeros = np.ones_like(n), np.zeros_like(n)
-        self.N = n
-        self.D = np.stack([tokens_for_budget(cost, c, n, ones, zeros) for c in self.budgets])
+    Args:
+        dense: a fit of the dense family.
+        cost: `cost(N, D, R, P)`.
+        budget: in the unit of the cost.
+        tokens: D where it is given, and N is what may vary.
+        sizes: sizes that may be chosen; see `savings` for the default.
+    """
 
-    def losses(self, values: dict[str, float]) -> Array:
-        """Least loss at each of `budgets`, interpolated between sizes by a parabola in log N."""
-        table = self.law.predict(values, N=self.N, D=self.D)
-        best = np.argmin(table, axis=1)
-        inner = np.clip(best, 1, table.shape[1] - 2)
-        rows = np.arange(len(table))
-        left, middle, right = table[rows, inner - 1], table[rows, inner], table[rows, inner + 1]
-        curvature = left - 2 * middle + right
-        with np.errstate(divide="ignore", invalid="ignore"):
-            vertex = middle - (left - right) ** 2 / (8 * curvature)
-        return np.where((best == inner) & (curvature > 0), vertex, table[rows, best])
+    def __init__(
+        self,
+        dense: FitResult,
+        cost: Cost,
+        budget: float,
+        tokens: float | None = None,
+        sizes: tuple[float, float] | None = None,
+    ):
+        require_known_tokens(dense, dense.law, tokens)
+        self.dense, self.cost, self.budget, self.tokens = dense, cost, budget, tokens
+        self.sizes = sizes or (dense.ranges["N"] if tokens is None else None)
 
-    def flops_for_loss(self, values: dict[str, float], loss: float) -> float | None:
-        """FLOPs at which the frontier reaches `loss`; None outside the searched decades."""
-        frontier = np.minimum.accumulate(self.losses(values))
-        if not frontier[-1] <= loss <= frontier[0]:
-            return None
-        return float(np.exp(np.interp(-loss, -frontier, np.log(self.budgets))))
+    def flops_for_losses(self, values: Columns, losses: Array) -> Array:
+        """The FLOPs at which the least loss under each set of constants is `losses`, (S,).
 
-    def never(self, values: dict[str, float], loss: float) -> bool:
-        """Whether even the largest budget searched stays above `loss`."""
-        return bool(self.losses(values)[-1] > loss)
+        Infinite where even three decades more are not enough, 0 where three decades less are more than enough.
+        """
+        return self._by_size(values, losses) if self.tokens is not None else self._by_budget(values, losses)
+
+    def losses(self, values: Columns, budgets: Array) -> Array:
+        """Least predicted loss at a budget of its own for each set of constants, (S,); infinite where it pays for no model."""
+        return self.points(values, budgets)[:, 4]
+
+    def outside(self, budget: float) -> dict[str, float]:
+        """How far the best dense model of a budget lies outside the dense runs, in decades, by N, D and C."""
+        own = {name: np.array([value]) for name, value in self.dense.values.items()}
+        N, D = self.points(own, np.array([budget]))[0, :2].tolist()
+        found = self.dense.outside(N=N, D=D)
+        training = training_of(self.cost)
+        if training is not None and self.dense.ranges["C"][1] > 0:
+            found |= self.dense.outside(C=float(training(N, D, 1.0, 0.0)))
+        return found
+
+    def points(self, values: Columns, budgets: Array) -> Array:
+        """The best dense model of each budget: N, D, R = 1, P = 0 and its loss, (S, 5); infinite loss where there is none."""
+        box = {"N": self.sizes or (0.0, np.inf), "R": (1.0, 1.0), "P": (0.0, 0.0)}
+        solve = "D" if self.tokens is None else "N"
+        search = Search(self.dense.law, self.cost, budgets, box, solve=solve, tokens=self.tokens)
+        return search.minimise_many(values, coarse=True, allow_none=True)
+
+    def _by_budget(self, values: Columns, losses: Array) -> Array:
+        """Tokens are chosen: the root of the least loss in the log of the budget."""
+        centre = np.full(losses.shape, np.log(self.budget))
+        return np.exp(_falling_root(lambda x: self.losses(values, np.exp(x)), losses, centre - _REACH, centre + _REACH))
+
+    def _by_size(self, values: Columns, losses: Array) -> Array:
+        """Tokens are given: the loss falls with N alone, at whatever that costs."""
+        D = np.full(losses.shape, self.tokens)
+        if self.sizes is not None:
+            ends = [np.full(losses.shape, end) for end in self.sizes]
+        else:
+            budgets = self.budget * np.exp([-_REACH, _REACH])
+            ends = [sizes_for_budget(self.cost, b, D, 1.0, 0.0) for b in budgets]
+            ends[0] = np.where(np.isfinite(ends[0]), ends[0], 1.0)
+        low, high = (np.log(end) for end in ends)
+
+        def loss(x: Array) -> Array:
+            variables = self.dense.law.compute_variables({"N": np.exp(x), "D": D, "R": 1.0, "P": 0.0})
+            return self.dense.law.evaluate(values, variables, gradient=False)[0]  # pyright: ignore[reportArgumentType]
+
+        x = _falling_root(loss, losses, low, high)
+        known = np.isfinite(x)
+        spent = price(self.cost, np.exp(np.where(known, x, (low + high) / 2)), D, 1.0, 0.0)
+        return np.where(known, spent, np.exp(x))
+
+
+def _falling_root(fun: Callable[[Array], Array], goal: Array, low: Array, high: Array) -> Array:
+    """Where a falling positive function has the value `goal`, elementwise; -inf where it is below at `low`, inf where never."""
+    at_low, at_high, middle = fun(low), fun(high), (low + high) / 2
+    step = 0.1 * (high - low)
+    with np.errstate(all="ignore"):
+        slope = np.log(fun(middle) / fun(middle + step)) / step
+    slope = np.where(np.isfinite(slope) & (slope > 0), slope, 1.0)
+
+    def gap(x: Array) -> Array:  # rises, by about 1 a unit of x
+        with np.errstate(divide="ignore"):
+            return np.log(goal / fun(x)) / slope
+
+    within = (at_low > goal) & (at_high <= goal)
+    found, _ = find_root(gap, low, np.where(within, high, low), np.where(within, middle, low), _EXACT)
+    return np.where(at_low <= goal, -np.inf, np.where(within, found, np.inf))

@@ -1,68 +1,18 @@
-"""FLOPs against accuracy as a table: CSV for programs, Markdown for the web, LaTeX (booktabs) for papers."""
+"""Tables as text: CSV for programs, Markdown for the web, LaTeX (booktabs) for papers; and averages of what is printed."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from analysis.data import ResultsData, numeric_column, require_columns
+from analysis.frames import require_columns
 from dlcm.errors import UserError, nearest
 
 Format = Literal["csv", "md", "tex"]
 AVERAGE = "average"
 PERCENT_DIGITS = 2
-
-_FACTS = ("run_id", "model", "tokens", "flops_train", "flops_per_token_forward", "bits_per_byte", "compression_target")
-
-
-def task_columns(frame: pd.DataFrame) -> list[str]:
-    """Tasks with an accuracy in a results table: those of columns `acc_<task>`, sorted."""
-    names = [str(c) for c in frame.columns]
-    tasks = [n.removeprefix("acc_") for n in names if n.startswith("acc_") and not n.startswith("acc_norm_")]
-    return sorted(t for t in tasks if not t.endswith("_stderr") and not all(pd.isna(v) for v in frame[f"acc_{t}"]))
-
-
-def flops_vs_accuracy(data: ResultsData) -> pd.DataFrame:
-    """One row a run, cheapest first: size, share, realised ratio, FLOPs, loss, accuracy of each task with standard error.
-
-    Accuracies are in percent, rounded as they are printed; the last column is the macro average of the printed ones. A
-    run that lacks a task has no average: means over different tasks do not compare.
-
-    Raises:
-        UserError: the results lack a column.
-    """
-    require_columns(data.frame, _FACTS, data.source)
-    frame = data.frame
-    table = pd.DataFrame(
-        {
-            "run": frame["run_id"].astype(str),
-            "model": frame["model"].astype(str),
-            "params_non_embedding": (
-                numeric_column(frame, "params_total", data.source)
-                - numeric_column(frame, "params_embedding", data.source)
-            ),
-            "concept_share": data.P,
-            "tokens_per_concept": data.R,
-            "tokens": data.D,
-            "flops_train": data.C,
-            "flops_per_token_forward": numeric_column(frame, "flops_per_token_forward", data.source),
-            "loss_nats": data.loss,
-            "bits_per_byte": numeric_column(frame, "bits_per_byte", data.source),
-        }
-    )
-    tasks = task_columns(frame)
-    for task in tasks:
-        table[f"acc_{task}"] = np.round(100 * numeric_column(frame, f"acc_{task}", data.source), PERCENT_DIGITS)
-        if f"acc_{task}_stderr" in frame:
-            error = 100 * numeric_column(frame, f"acc_{task}_stderr", data.source)
-            table[f"acc_{task}_stderr"] = np.round(error, PERCENT_DIGITS)
-    if tasks:
-        table[AVERAGE] = macro_average(table, [f"acc_{t}" for t in tasks])
-    for column in ("params_non_embedding", "tokens"):
-        table[column] = table[column].round().astype("int64")
-    return table.sort_values(["flops_train", "run"], kind="stable").reset_index(drop=True)
 
 
 def macro_average(table: pd.DataFrame, columns: Sequence[str]) -> pd.Series:
@@ -94,22 +44,41 @@ def with_average_row(table: pd.DataFrame, columns: Sequence[str], *, label: str 
 # How a column is headed and printed in a table for people. CSV keeps the plain names and full numbers.
 _PRINTED: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "params_non_embedding": ("N", lambda v: _scaled(v)),
+    "params_token": ("token", lambda v: _scaled(v)),
+    "params_concept": ("concept", lambda v: _scaled(v)),
+    "params_embedding": ("embedding", lambda v: _scaled(v)),
+    "compression_target": ("target R", lambda v: f"{v:g}"),
+    "seed": ("seed", lambda v: f"{v:g}"),
+    "params": ("N", lambda v: _scaled(v)),
     "concept_share": ("P", lambda v: f"{v:.2f}"),
     "tokens_per_concept": ("R", lambda v: f"{v:.2f}"),
     "tokens": ("tokens", lambda v: _scaled(v)),
     "flops_train": ("train FLOPs", lambda v: f"{v:.2e}"),
-    "flops_per_token_forward": ("FLOPs/token", lambda v: f"{v:.2e}"),
+    "flops_per_token_forward": ("prefill FLOPs/token", lambda v: f"{v:.2e}"),
+    "flops_per_token_decode": ("decode FLOPs/token", lambda v: f"{v:.2e}"),
     "loss_nats": ("loss (nats)", lambda v: f"{v:.4f}"),
     "bits_per_byte": ("bits/byte", lambda v: f"{v:.4f}"),
+    "gain": ("gain (points)", lambda v: f"{v:+.2f}"),
+    "saved": ("saved (%)", lambda v: f"{v:+.1f}"),
 }
 
 
-def format_table(frame: pd.DataFrame, fmt: Format) -> str:
+def format_table(
+    frame: pd.DataFrame,
+    fmt: Format,
+    *,
+    bold: Collection[tuple[int, str]] = frozenset(),
+    breaks: Collection[int] = (),
+) -> str:
     """A table as text.
 
+    In tables for people `x_stderr` joins the cell of `x` as x ± error, and `x_low`, `x_high` as x [low, high].
+
     Args:
-        frame: from `flops_vs_accuracy`, or any other.
+        frame: any table.
         fmt: `csv`, `md` or `tex`.
+        bold: (row, column) of cells to be set in bold.
+        breaks: rows before which a rule is drawn (LaTeX) or an empty row set (Markdown).
 
     Raises:
         UserError: unknown format.
@@ -118,28 +87,34 @@ def format_table(frame: pd.DataFrame, fmt: Format) -> str:
         return frame.to_csv(index=False, lineterminator="\n")
     if fmt not in ("md", "tex"):
         raise UserError(f"unknown table format {fmt!r}{nearest(str(fmt), ('csv', 'md', 'tex'))}")
-    heads, rows, is_number = _printed(frame, plus_minus=" ± " if fmt == "md" else r" $\pm$ ")
-    return _markdown(heads, rows, is_number) if fmt == "md" else _latex(heads, rows, is_number)
+    heads, rows, is_number, names = _printed(frame)
+    strong = {(row, names.index(column)) for row, column in bold if column in names}
+    return (_markdown if fmt == "md" else _latex)(heads, rows, is_number, strong, set(breaks))
 
 
-def _printed(frame: pd.DataFrame, plus_minus: str) -> tuple[list[str], list[list[str]], list[bool]]:
-    """Heads, cells, and which columns are numbers; a standard error joins the cell of its value."""
-    heads, columns, is_number = [], [], []
+_JOINED = ("_stderr", "_low", "_high")
+
+
+def _printed(frame: pd.DataFrame) -> tuple[list[str], list[list[str]], list[bool], list[str]]:
+    """Heads, cells, which columns are numbers, and their names; errors and intervals join the cells of their values."""
+    heads, columns, is_number, names = [], [], [], []
     for name in map(str, frame.columns):
-        if name.endswith("_stderr") and name.removesuffix("_stderr") in frame.columns:
+        if any(name.endswith(end) and name.removesuffix(end) in frame.columns for end in _JOINED):
             continue
         number = pd.api.types.is_numeric_dtype(frame[name])
         head, show = _PRINTED.get(name, (_head(name), _plain))
         cells = [show(float(v)) if number and pd.notna(v) else ("-" if pd.isna(v) else str(v)) for v in frame[name]]
-        error = f"{name}_stderr"
+        error, low, high = (f"{name}{end}" for end in _JOINED)
         if error in frame.columns:
-            cells = [
-                c if pd.isna(e) or c == "-" else f"{c}{plus_minus}{_plain(e)}" for c, e in zip(cells, frame[error])
-            ]
+            cells = [c if pd.isna(e) or c == "-" else f"{c} ± {_plain(e)}" for c, e in zip(cells, frame[error])]
+        if low in frame.columns and high in frame.columns:
+            ends = [["?" if pd.isna(v) else show(float(v)) for v in frame[end]] for end in (low, high)]
+            cells = [c if c == "-" or a == b == "?" else f"{c} [{a}, {b}]" for c, a, b in zip(cells, *ends)]
         heads.append(head)
         columns.append(cells)
         is_number.append(bool(number))
-    return heads, [list(row) for row in zip(*columns)], is_number
+        names.append(name)
+    return heads, [list(row) for row in zip(*columns)], is_number, names
 
 
 def _head(name: str) -> str:
@@ -157,23 +132,51 @@ def _scaled(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _markdown(heads: list[str], rows: list[list[str]], is_number: list[bool]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(c.replace("|", r"\|") for c in cells) + " |"
+_Cells = set[tuple[int, int]]
+
+
+def _markdown(
+    heads: list[str], rows: list[list[str]], is_number: list[bool], bold: _Cells, breaks: Collection[int]
+) -> str:
+    def line(cells: Sequence[str], row: int = -1) -> str:
+        shown = [c.replace("|", r"\|") for c in cells]
+        return "| " + " | ".join(f"**{c}**" if (row, i) in bold else c for i, c in enumerate(shown)) + " |"
 
     rule = ["---:" if number else "---" for number in is_number]
-    return "\n".join([line(heads), line(rule), *(line(row) for row in rows)]) + "\n"
+    lines = [line(heads), line(rule)]
+    for i, row in enumerate(rows):
+        lines += [line([""] * len(heads))] if i in breaks else []
+        lines.append(line(row, i))
+    return "\n".join(lines) + "\n"
 
 
-def _latex(heads: list[str], rows: list[list[str]], is_number: list[bool]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return " & ".join(_escape(c) for c in cells) + r" \\"
+def _latex(
+    heads: list[str], rows: list[list[str]], is_number: list[bool], bold: _Cells, breaks: Collection[int]
+) -> str:
+    def line(cells: Sequence[str], row: int = -1) -> str:
+        shown = [escape_latex(c) for c in cells]
+        return " & ".join(rf"\textbf{{{c}}}" if (row, i) in bold else c for i, c in enumerate(shown)) + r" \\"
 
     columns = "".join("r" if number else "l" for number in is_number)
-    body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", line(heads), r"\midrule", *(line(row) for row in rows)]
+    body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", line(heads), r"\midrule"]
+    for i, row in enumerate(rows):
+        body += [r"\midrule"] if i in breaks else []
+        body.append(line(row, i))
     return "% needs \\usepackage{booktabs}\n" + "\n".join([*body, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
-def _escape(text: str) -> str:
-    escaped = re.sub(r"([&%#_{}])", r"\\\1", text)
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "±": r"$\pm$",
+    "²": r"\textsuperscript{2}",
+}
+
+
+def escape_latex(text: str) -> str:
+    """Text as LaTeX that prints the same; a number such as 1.20e+05 becomes a power of ten."""
+    escaped = "".join(_LATEX.get(c, "\\" + c if c in "&%#_{}$" else c) for c in text)
     return re.sub(r"^(\d\.\d+)e([+-])0*(\d+)$", lambda m: f"${m[1]}\\times 10^{{{m[2].strip('+')}{m[3]}}}$", escaped)

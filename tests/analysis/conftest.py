@@ -1,6 +1,8 @@
 """A results table like the demo's, from planted laws, with the columns of the contract."""
 
+import sys
 from collections.abc import Callable, Iterable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +117,18 @@ def adequate_frame() -> pd.DataFrame:
     )
 
 
+@pytest.fixture(scope="session")
+def adequate_fits(adequate_frame, tmp_path_factory):
+    """The fits of both families to `adequate_frame`, with a small bootstrap."""
+    from analysis import fit, load_results
+
+    path = tmp_path_factory.mktemp("adequate") / "results.parquet"
+    adequate_frame.to_parquet(path)
+    data = load_results(path)
+    law = laws.COMPRESSION_AWARE.fix(t_t=0, t_c=0, t_d=0)
+    return {"dense": fit(laws.CHINCHILLA, data, n_bootstrap=20), "dlcm": fit(law, data, n_bootstrap=20)}
+
+
 @pytest.fixture
 def write_results(tmp_path: Path) -> Callable[..., Path]:
     """Write a frame as results.parquet (or .csv) and return its path."""
@@ -125,3 +139,20 @@ def write_results(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The command line with the verbs of `analysis` alone: (exit code, stdout, stderr)."""
+    from dlcm import cli
+
+    point = EntryPoint("analyze", "analysis.commands:app", "dlcm.commands")
+    monkeypatch.setattr(cli, "entry_points", lambda group: [point])
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dlcm", "analyze", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return int(stop.value.code or 0), *capsys.readouterr()
+
+    return call

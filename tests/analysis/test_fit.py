@@ -47,18 +47,11 @@ def test_planted_chinchilla_is_recovered_to_1e_6():
     N, D = np.array(np.meshgrid([1e7, 1e8, 1e9, 1e10], [1e9, 1e10, 1e11])).reshape(2, -1)
     data = ResultsData.from_arrays(N=N, D=D, loss=laws.CHINCHILLA.predict(truth, N=N, D=D))
     result = fit(laws.CHINCHILLA, data, n_bootstrap=5)
-    assert result.status is Status.CONVERGED
+    assert result.status is Status.CERTIFIED
     assert result.share_best > 0.5
     for name, value in truth.items():
         assert result[name].identified
         assert result[name].value == pytest.approx(value, rel=1e-6)
-
-
-def test_planted_equation_22_is_recovered_to_1e_6_with_all_eleven_constants():
-    result = fit(laws.COMPRESSION_AWARE, grid_data(laws.COMPRESSION_AWARE, PLANTED), n_bootstrap=0)
-    assert result.law == laws.COMPRESSION_AWARE
-    for name, value in PLANTED.items():
-        assert result.values[name] == pytest.approx(value, rel=1e-6)
 
 
 def test_planted_equation_22_lies_in_the_intervals_under_noise():
@@ -107,9 +100,8 @@ def test_epoch_data_with_the_outliers_give_the_published_other_answer():
         assert result.values[name] == pytest.approx(value, rel=2e-3)
 
 
-@pytest.mark.slow
 def test_epoch_intervals_are_the_published_ones():
-    result = fit(laws.CHINCHILLA, epoch_data(), n_bootstrap=300)
+    result = fit(laws.CHINCHILLA, epoch_data(), n_bootstrap=4000)
     published = {
         "A": (285, 744),
         "B": (1042, 5810),
@@ -118,9 +110,8 @@ def test_epoch_intervals_are_the_published_ones():
         "beta": (0.331, 0.415),
     }
     for name, (low, high) in published.items():
-        # bootstrap ends of a heavy-tailed constant move by some 20% of the interval's width from seed to seed
-        assert result[name].low == pytest.approx(low, abs=0.25 * (high - low))
-        assert result[name].high == pytest.approx(high, abs=0.25 * (high - low))
+        assert result[name].low == pytest.approx(low, abs=0.1 * (high - low))
+        assert result[name].high == pytest.approx(high, abs=0.1 * (high - low))
 
 
 @pytest.mark.parametrize(
@@ -132,18 +123,32 @@ def test_epoch_intervals_are_the_published_ones():
     ],
 )
 def test_overtrained_law_of_five_points_is_the_published_one(training_set, published):
-    frame = pd.read_csv(shared("overtraining.csv"))
+    frame = overtraining(training_set)
     width = pd.to_numeric(frame["architecture"].str.extract(r"d=(\d+)_")[0])
     base = (frame["chinchilla_multiplier"] == 1) & width.isin([96, 512, 576, 1024])
-    chosen = frame[
-        (frame["training_set"] == training_set) & (base | ((frame["chinchilla_multiplier"] == 16) & (width == 96)))
-    ]
+    chosen = frame[base | ((frame["chinchilla_multiplier"] == 16) & (width == 96))]
     assert len(chosen) == 5
-    N = chosen["params"].to_numpy(float)
-    data = ResultsData.from_arrays(N=N, D=20 * chosen["chinchilla_multiplier"] * N, loss=chosen["loss_c4"])
-    result = fit(laws.OVERTRAINED, data, loss="mse", n_bootstrap=0, reduce=False)
+    result = fit(laws.OVERTRAINED, as_published(chosen), loss="mse", n_bootstrap=0, reduce=False)
     found = [result.values[name] for name in ("a", "b", "c", "E")]
     np.testing.assert_allclose(found, published, rtol=2e-3)
+    for architecture, times, error in (
+        (("open_lm_1b", 32, 0.7103), ("open_lm_7b", 1, 0.7320)) if training_set == "rpj" else ()
+    ):
+        large = as_published(frame[(frame["architecture"] == architecture) & (frame["chinchilla_multiplier"] == times)])
+        missed = 100 * abs(result.predict(N=large.N, D=large.D) / large.loss - 1)
+        assert missed == pytest.approx(error, abs=2e-3)
+
+
+def overtraining(training_set: str) -> pd.DataFrame:
+    frame = pd.read_csv(shared("overtraining.csv"))
+    return frame[frame["training_set"] == training_set]
+
+
+def as_published(frame: pd.DataFrame) -> ResultsData:
+    """Their D is M N with M = 20 x the multiplier, not the tokens that were counted."""
+    N = frame["params"].to_numpy(float)
+    D = 20 * frame["chinchilla_multiplier"].to_numpy() * N
+    return ResultsData.from_arrays(N=N, D=D, loss=frame["loss_c4"].to_numpy())
 
 
 def test_a_false_convergence_is_left_behind():
@@ -160,7 +165,7 @@ def test_the_demo_design_yields_no_bare_number(demo_frame, write_results):
     data = load_results(write_results(demo_frame))
     dlcm = fit(laws.COMPRESSION_AWARE, data, n_bootstrap=40)
     assert dlcm.n_runs == 12
-    assert dlcm.status is not Status.CONVERGED
+    assert dlcm.status is not Status.CERTIFIED
     for name in ("d1", "A_t", "A_c"):
         assert dlcm[name].status is ParameterStatus.NOT_IDENTIFIED
         assert dlcm[name].value is None
@@ -178,7 +183,7 @@ def test_the_demo_design_yields_no_bare_number(demo_frame, write_results):
 def test_an_adequate_design_identifies_the_exponents(adequate_frame, write_results):
     law = laws.COMPRESSION_AWARE.fix(t_t=0, t_c=0, t_d=0)
     result = fit(law, load_results(write_results(adequate_frame)), n_bootstrap=40)
-    assert result.status is Status.CONVERGED
+    assert result.status is Status.CERTIFIED
     for name in ("d1", "d2", "g", "a"):
         assert result[name].value == pytest.approx(PLANTED_DLCM[name], rel=0.15)
 
@@ -197,7 +202,7 @@ def test_fewer_runs_than_constants_is_said_and_still_predicts(demo_frame, write_
 def test_any_number_of_runs_gives_a_result(demo_frame, write_results, n):
     data = load_results(write_results(demo_frame[demo_frame["model"] == "dlcm"].head(n)))
     result = fit(laws.COMPRESSION_AWARE, data, n_bootstrap=3)
-    assert result.status is not Status.CONVERGED
+    assert result.status is not Status.CERTIFIED
     rows = data.dlcm
     assert np.isfinite(result.predict(N=rows.N, D=rows.D, R=rows.R, P=rows.P)).all()
 
@@ -280,15 +285,5 @@ def test_a_fit_refuses_what_it_cannot_do(demo_frame, write_results):
         fit(laws.COMPRESSION_AWARE, data)
     with pytest.raises(UserError, match="did you mean 'log_huber'"):
         fit(laws.CHINCHILLA, data, loss="log_hubr")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="no column 'stable_loss'"):
+    with pytest.raises(UserError, match="needs 'stable_loss' .* neither such a column nor loss_nats_stable"):
         fit(laws.DECAY_GAIN, load_results(write_results(demo_frame)))
-
-
-def test_decay_gain_is_recovered():
-    rng = np.random.default_rng(0)
-    N, R, stable = 10 ** rng.uniform(6, 9, 30), rng.choice([2.0, 4.0, 8.0], 30), rng.uniform(2, 5, 30)
-    truth = {"k": 0.02, "a": 1.5, "b": 0.2, "c": -0.05}
-    gain = laws.DECAY_GAIN.predict(truth, N=N, R=R, stable_loss=stable)
-    data = ResultsData.from_arrays(N=N, D=1e9, R=R, loss=stable, stable_loss=stable, decay_gain=gain)
-    result = fit(laws.DECAY_GAIN, data, n_bootstrap=0)
-    assert result.values == pytest.approx(truth, rel=1e-6)

@@ -187,3 +187,17 @@ def test_several_results_are_taken_together(tmp_path):
     found = json.loads(done.stdout)
     assert {curve["parametrization"] for curve in found["curves"]} == {"mup", "standard"}
     assert found["shift_steps"]["mup"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_seed_that_shifts_all_rates_does_not_move_the_best_one():
+    """Seeds 0.2 nats apart, one of them on the upper rates alone: pooled, its level would tilt the parabola."""
+    frame = seeds(3, 0.0)
+    frame = frame[(frame["seed"] < 2) | (frame["lr_token"] >= RATES[2])]
+    frame["loss_nats"] += 0.2 * frame["seed"]
+    found = analyse_transfer(frame)
+    for curve in found.of("mup"):
+        pooled = np.polyfit(np.log([run.rate for run in curve.runs]), [run.loss for run in curve.runs], 2)
+        assert abs(-pooled[1] / (2 * pooled[0]) - np.log(RATES[3])) > 0.1
+        assert curve.best == pytest.approx(RATES[3], rel=1e-6)
+        assert [curve.levels[i] for i in range(3)] == pytest.approx([-0.2, 0.0, 0.2], abs=1e-9)
+        assert curve.residual[0] == pytest.approx(0, abs=1e-12)

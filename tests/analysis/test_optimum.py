@@ -3,8 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from analysis import ResultsData, fit, laws, load_results, optimum, savings
-from analysis.savings import DenseFrontier
+from analysis import ResultsData, fit, laws, optimum
 from analysis.search import tokens_for_budget
 from dlcm.errors import UserError
 from tests.analysis.conftest import PLANTED_DLCM, cost
@@ -17,15 +16,6 @@ def chinchilla_fit():
     N, D = np.array(np.meshgrid(np.geomspace(1e7, 1e11, 6), np.geomspace(1e9, 1e12, 5))).reshape(2, -1)
     loss = laws.CHINCHILLA.predict(CHINCHILLA, N=N, D=D)
     return fit(laws.CHINCHILLA, ResultsData.from_arrays(N=N, D=D, loss=loss), n_bootstrap=3)
-
-
-@pytest.fixture(scope="module")
-def adequate_fits(adequate_frame, tmp_path_factory):
-    path = tmp_path_factory.mktemp("adequate") / "results.parquet"
-    adequate_frame.to_parquet(path)
-    data = load_results(path)
-    law = laws.COMPRESSION_AWARE.fix(t_t=0, t_c=0, t_d=0)
-    return {"dense": fit(laws.CHINCHILLA, data, n_bootstrap=20), "dlcm": fit(law, data, n_bootstrap=20)}
 
 
 @pytest.mark.parametrize("budget", [1e19, 1e21, 1e23])
@@ -78,6 +68,25 @@ def test_an_optimum_on_the_edge_is_not_identified(adequate_fits):
     assert not best.identified
 
 
+def test_an_interval_that_ends_where_the_search_does_says_so(adequate_fits):
+    result = adequate_fits["dlcm"]
+    free = optimum(result, cost, 3e13)["P"]
+    assert free.censored == (False, False)
+    middle = (free.value + free.high) / 2
+    held = optimum(result, cost, 3e13, bounds={"P": (free.value - 10 * (free.high - free.value), middle)})["P"]
+    assert held.status == "ok"
+    assert held.high == pytest.approx(middle)
+    assert held.censored == (False, True)
+    assert "(upper end: edge of what was searched)" in held.describe()
+
+
+def test_what_the_user_holds_is_given_and_what_the_data_hold_is_said_to_be(adequate_fits):
+    result = adequate_fits["dlcm"]
+    assert optimum(result, cost, 3e13, bounds={"R": (4, 4)})["R"].reason == "given"
+    one = dataclasses.replace(result, ranges={**result.ranges, "R": (4.0, 4.1)})
+    assert optimum(one, cost, 3e13)["R"].reason == "the data hold one value"
+
+
 def test_distance_from_the_data_stands_in_the_line_of_the_loss(adequate_fits):
     inside, outside = (optimum(adequate_fits["dense"], cost, c) for c in (3e13, 3e15))
     assert "inside the data" in inside.report().splitlines()[0]
@@ -88,50 +97,9 @@ def test_distance_from_the_data_stands_in_the_line_of_the_loss(adequate_fits):
 def test_an_unsound_fit_is_not_extrapolated_unless_asked(adequate_fits):
     unsound = dataclasses.replace(adequate_fits["dense"], status=type(adequate_fits["dense"].status)("bound_hit"))
     assert optimum(unsound, cost, 3e13).loss > 0
-    with pytest.raises(UserError, match="--extrapolate"):
+    with pytest.raises(UserError, match="--force"):
         optimum(unsound, cost, 3e17)
-    assert optimum(unsound, cost, 3e17, extrapolate=True).notes
-
-
-def test_savings_are_the_flops_of_the_dense_model_at_equal_loss(adequate_fits):
-    best = optimum(adequate_fits["dlcm"], cost, 3e13)
-    saved = savings(best, adequate_fits["dense"], cost)
-    frontier = optimum(adequate_fits["dense"], cost, saved.dense_flops)
-    assert frontier.loss == pytest.approx(best.loss, abs=2e-4)
-    assert saved.share == pytest.approx(1 - 3e13 / saved.dense_flops)
-    assert saved.low <= saved.share <= saved.high
-
-
-def test_a_losing_dlcm_is_said_plainly(adequate_fits):
-    # a DLCM that costs twice as much at the same law
-    best = optimum(adequate_fits["dlcm"], lambda N, D, R, P: 2 * cost(N, D, R, P), 3e13)
-    saved = savings(best, adequate_fits["dense"], cost)
-    assert saved.share < -0.5
-    assert "the dense model wins at this scale" in saved.text
-
-
-def test_savings_beyond_reach_are_not_identified(adequate_fits):
-    best = dataclasses.replace(optimum(adequate_fits["dlcm"], cost, 3e13), loss=1.0)
-    saved = savings(best, adequate_fits["dense"], cost)
-    assert saved.status == "not identified"
-    assert saved.share is None
-
-
-def test_the_dense_frontier_is_the_optimum_of_each_budget(adequate_fits):
-    frontier = DenseFrontier(adequate_fits["dense"], cost, 1e13)
-    losses = frontier.losses(adequate_fits["dense"].values)
-    for i in (50, 60, 70):
-        best = optimum(adequate_fits["dense"], cost, frontier.budgets[i], bounds={"N": (frontier.N[0], frontier.N[-1])})
-        assert losses[i] == pytest.approx(best.loss, abs=1e-5)
-
-
-def test_savings_refuse_fits_of_different_conventions(adequate_fits, adequate_frame, write_results):
-    best = optimum(adequate_fits["dlcm"], cost, 3e13)
-    other = fit(laws.CHINCHILLA, load_results(write_results(adequate_frame), n="total"), n_bootstrap=0)
-    with pytest.raises(UserError, match="conventions differ"):
-        savings(best, other, cost)
-    with pytest.raises(UserError, match="not a law of the dense baseline"):
-        savings(best, adequate_fits["dlcm"], cost)
+    assert optimum(unsound, cost, 3e17, force=True).notes
 
 
 def test_tokens_solve_a_cost_that_is_not_proportional_to_them():

@@ -1,0 +1,215 @@
+"""Do 95% intervals hold the truth 95% of the time? `python benchmarks/coverage.py [--case NAME] [--sims 200] [--assert]`.
+
+A law is planted, its sweep simulated with noise on the logarithm of the loss, and each simulated sweep fitted as a user would
+fit it: `fit` with the law that the runs support, its bootstrap, and `optimum` at a budget inside the data. Counted is how often
+the interval of each exponent and of N*, R* and P* holds the planted value (for the optimum: where the planted law has its own),
+and how often the tool gives the number at all instead of `not identified`.
+
+Designs: the paper's 27 cells (3 sizes x 3 ratios x 3 shares, one number of tokens), 27 cells whose tokens vary with them (an
+orthogonal array, so that the data term can be told), and larger grids; for the dense law 27 and 80 cells.
+"""
+
+import argparse
+import dataclasses
+import functools
+import time
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from analysis import ResultsData, fit, laws, optimum
+from analysis.cost import Shapes
+from analysis.ensemble import n_processors
+from analysis.search import Search
+from benchmarks.common import RESULTS, environment, format_table, write_result
+from dlcm.record import read_json
+
+Array = np.ndarray
+VOCABULARY, SEQ_LEN = 32_768, 2048
+DENSE = {"E": 1.82, "A": 482.0, "alpha": 0.348, "B": 2085.0, "beta": 0.366}
+DLCM = {
+    "E0": 1.8, "A_t": 250.0, "t_t": 0.0, "d1": 0.34, "A_c": 60.0, "g": 0.35, "t_c": 0.0, "d2": 0.30,
+    "A_d": 2000.0, "t_d": 0.0, "a": 0.366,
+}  # fmt: skip
+SMALL = {"t_t": 3e6, "t_c": 3e6, "t_d": 3e7}
+LARGE = {"t_t": 1e7, "t_c": 1e7, "t_d": 1e8}
+"""Offsets that the runs cannot tell from 0 and that move exponents nonetheless, and offsets that they can."""
+NOISES = (0.003, 0.01)
+REFITS = 400
+_LOWEST, _HIGHEST = 0.92, 0.98
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A design under a planted law.
+
+    Attributes:
+        budget: of the optimum that is asked for: training FLOPs, or where `tokens` are given inference FLOPs per token.
+        tokens: D, where the design has one value of it, so that no trade between size and tokens can be found.
+    """
+
+    name: str
+    law: laws.Law
+    truth: Mapping[str, float]
+    N: Array
+    D: Array
+    R: Array
+    P: Array
+    budget: float
+    tokens: float | None = None
+
+    def simulate(self, noise: float, rng: np.random.Generator) -> ResultsData:
+        """One simulated sweep."""
+        loss = self.law.predict(self.truth, N=self.N, D=self.D, R=self.R, P=self.P)
+        loss = loss * np.exp(rng.normal(0, noise, len(self.N)))
+        C = _cost()(self.N, self.D, self.R, self.P)
+        return ResultsData.from_arrays(N=self.N, D=self.D, R=self.R, P=self.P, C=C, loss=loss)
+
+    @property
+    def price(self) -> Any:
+        """What the budget counts."""
+        return _cost() if self.tokens is None else _shapes().inference()
+
+    def best(self) -> dict[str, float]:
+        """N*, R* and P* of the planted law, searched over the ranges of the design."""
+        box = {name: (float(v.min()), float(v.max())) for name, v in (("N", self.N), ("R", self.R), ("P", self.P))}
+        solve = "D" if self.tokens is None else "N"
+        found = Search(self.law, self.price, self.budget, box, solve=solve, tokens=self.tokens).minimise(self.truth)
+        names = {"N*": 0} if self.law.family == "dense" else {"N*": 0, "R*": 2, "P*": 3}
+        return {name: float(found[i]) for name, i in names.items()}
+
+
+@functools.cache
+def _shapes() -> Shapes:
+    return Shapes(VOCABULARY, SEQ_LEN)
+
+
+@functools.cache
+def _cost() -> Any:
+    return _shapes().training()
+
+
+def _grid(*axes: Any) -> list[Array]:
+    return [a.ravel() for a in np.meshgrid(*map(np.asarray, axes), indexing="ij")]
+
+
+def _dense(name: str, sizes: Array, tokens: Array) -> Case:
+    N, D = _grid(sizes, tokens)
+    return Case(name, laws.CHINCHILLA, DENSE, N, D, np.ones(len(N)), np.zeros(len(N)), 3e20)
+
+
+def cases() -> list[Case]:
+    """All designs."""
+    law, one, levels = laws.COMPRESSION_AWARE, np.ones(27), np.arange(3)
+    i, j, k = _grid(levels, levels, levels)
+    R, P = np.array([2.0, 4.0, 8.0]), np.array([0.3, 0.5, 0.7])
+    wide, sizes = np.array([0.3, 0.55, 0.8]), np.array([5e7, 2.5e8, 1.25e9])
+    tokens = np.array([1e9, 5e9, 2.5e10])
+    larger = _grid([5e7, 1.5e8, 4.5e8, 1.35e9], [1e9, 4e9, 1.6e10, 6.4e10], [2.0, 4.0, 8.0], [0.3, 0.45, 0.6, 0.8])
+    return [
+        _dense("dense, 27 cells", np.geomspace(5e7, 5e9, 9), np.array([4e9, 2e10, 1e11])),
+        _dense("dense, 80 cells", np.geomspace(2e7, 1e10, 10), np.geomspace(2e9, 3e11, 8)),
+        Case(
+            "eq 22, the paper's 27 cells",
+            law,
+            DLCM,
+            np.array([274e6, 468e6, 833e6])[i],
+            2e11 * one,
+            R[j],
+            P[k],
+            budget=9.5e8,
+            tokens=2e11,
+        ),
+        Case("eq 22, 27 cells, tokens vary", law, DLCM, sizes[i], tokens[(i + j + k) % 3], R[j], wide[k], 1.5e19),
+        Case("eq 22, 192 cells", law, DLCM, *larger, budget=1.5e19),
+        Case("eq 22, 192 cells, small offsets", law, DLCM | SMALL, *larger, budget=1.5e19),
+        Case("eq 22, 192 cells, offsets", law, DLCM | LARGE, *larger, budget=1.5e19),
+    ]
+
+
+def one_sweep(case: Case, noise: float, seed: int) -> dict[str, tuple[float, float, bool]]:
+    """Quantity -> interval, and whether the number is given."""
+    result = fit(case.law, case.simulate(noise, np.random.default_rng([seed, 1])), n_bootstrap=REFITS, seed=seed)
+    found, truth = {}, case.best()
+    for p in result.parameters:
+        if (
+            p.name in {f.exponent for t in case.law.terms for f in t.factors}
+            and p.low is not None
+            and p.high is not None
+        ):
+            found[p.name] = (p.low, p.high, p.identified)
+    best = optimum(result, case.price, case.budget, tokens=case.tokens, flat=None)
+    for name in ("N", "R", "P"):
+        choice = best[name]
+        if choice.low is not None and choice.high is not None and f"{name}*" in truth:
+            found[f"{name}*"] = (choice.low, choice.high, choice.status == "ok")
+    return found
+
+
+def measure(case: Case, noise: float, n: int, pool: ProcessPoolExecutor) -> list[dict[str, Any]]:
+    """One row a quantity."""
+    truth = {**case.truth, **case.best()}
+    began = time.perf_counter()
+    sweeps = list(pool.map(one_sweep, [case] * n, [noise] * n, range(n), chunksize=4))
+    print(f"{case.name}, noise {noise:g}: {n} sweeps in {time.perf_counter() - began:.0f} s", flush=True)
+    rows = []
+    for name in dict.fromkeys(name for sweep in sweeps for name in sweep):
+        drawn = [sweep[name] for sweep in sweeps if name in sweep]
+        # the search ends to 1e-4 of its range, and a planted value on an edge of it is met from inside
+        hits = [low * (1 - 1e-4) <= truth[name] <= high * (1 + 1e-4) for low, high, _ in drawn]
+        given = [g for *_, g in drawn]
+        shown = [hit for hit, g in zip(hits, given) if g]
+        rows.append(
+            {
+                "design": case.name,
+                "noise": noise,
+                "of": name,
+                "planted": truth[name],
+                "covered": float(np.mean(hits)),
+                "error": float(np.sqrt(np.mean(hits) * (1 - np.mean(hits)) / len(hits))),
+                "sweeps": len(drawn),
+                "given": len(shown) / n,
+                "covered where given": float(np.mean(shown)) if len(shown) >= 20 else None,
+                "median width": float(np.median([high - low for low, high, _ in drawn])),
+            }
+        )
+    print(format_table(rows), flush=True)
+    return rows
+
+
+def main() -> None:
+    """Simulate, record, and with --assert hold the claim."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", help="designs whose name contains this; the others keep what was recorded")
+    parser.add_argument("--sims", type=int, default=200, help="simulated sweeps a row")
+    parser.add_argument(
+        "--assert", dest="check", action="store_true", help="fail where an interval covers too rarely or often"
+    )
+    args = parser.parse_args()
+    chosen = [case for case in cases() if not args.case or args.case in case.name]
+    names = {case.name for case in chosen}
+    path = RESULTS / "coverage.json"
+    rows = [row for row in read_json(path)["rows"] if row["design"] not in names] if path.exists() and args.case else []
+    with ProcessPoolExecutor(n_processors()) as pool:
+        for case in chosen:
+            for noise in NOISES:
+                rows += measure(case, noise, args.sims, pool)
+    order = [case.name for case in cases()]
+    rows.sort(key=lambda row: order.index(row["design"]))
+    print(f"-> {write_result('coverage', {'environment': environment('cpu'), 'refits': REFITS, 'rows': rows})}")
+    if args.check:
+        # an interval that is shown must hold; 3 binomial errors are let through beyond the bounds
+        off = [
+            row
+            for row in rows
+            if (share := row["covered where given"]) is not None
+            and not _LOWEST - 3 * row["error"] <= share <= _HIGHEST + 3 * row["error"]
+        ]
+        if off:
+            raise SystemExit("error: off the mark: " + "; ".join(f"{r['design']} {r['noise']} {r['of']}" for r in off))
+
+
+if __name__ == "__main__":
+    main()
