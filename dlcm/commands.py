@@ -1,4 +1,4 @@
-"""The verbs `dlcm train`, `dlcm eval` and `dlcm generate`. Only typer is imported here: `dlcm --help` must answer at once."""
+"""The verbs `train`, `generate`, `show` and `export`. Only typer is imported here: `dlcm --help` must answer at once."""
 
 from pathlib import Path
 from typing import Annotated
@@ -75,31 +75,6 @@ def train_verb(
     print(f"written to {run_dir}")
 
 
-@app.command("eval")
-def eval_verb(
-    run_dir: RunDir,
-    task: Annotated[
-        list[str] | None, typer.Option("--task", "-t", help="`corpus`, or a .jsonl of query, choices, gold; repeatable")
-    ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="items of each task, at most")] = None,
-    force: Annotated[bool, typer.Option("--force", help="measure again what was measured before")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Measure the accuracy of a trained run with lm-evaluation-harness."""
-    import dataclasses
-    import json
-
-    from dlcm.console import Reporter
-    from dlcm.evaluate import evaluate, format_results
-
-    with Reporter() as report:
-        results = evaluate(run_dir, task or ["corpus"], limit=limit, force=force, progress=report)
-    if as_json:
-        print(json.dumps([dataclasses.asdict(result) for result in results], indent=2))
-    else:
-        print(format_results(results))
-
-
 @app.command("generate")
 def generate_verb(
     run_dir: RunDir,
@@ -143,3 +118,60 @@ def generate_verb(
         # Standard output holds the text alone, so that it can be piped on.
         print("\n" if streams else f"{text}{done.text}", flush=True)
         print(f"[{i + 1} of {len(texts)}: {note}]", file=sys.stderr)
+
+
+@app.command("show")
+def show_verb(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="one run, or several side by side")],
+    text: Annotated[str | None, typer.Option("--text", "-t", help="the text to read")] = None,
+    file: Annotated[str | None, typer.Option("--file", "-f", help="a UTF-8 file of it; `-` is standard input")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="write a page that opens offline, too")] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="print a table of every token, too")] = False,
+    validation: Annotated[
+        bool,
+        typer.Option("--validation", help="measure the validation set inside the concepts -> inside.json of the run"),
+    ] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", metavar="RUN_DIR", help="with --validation: a dense run on the same text"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look inside: where concepts begin in a text, and what each token costs."""
+    from dlcm.show_run import show
+
+    show(
+        run_dirs,
+        text=text,
+        file=file,
+        html=html,
+        with_tokens=tokens,
+        validation=validation,
+        against=against,
+        as_json=as_json,
+    )
+
+
+@app.command("export")
+def export_verb(
+    run_dir: RunDir,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="directory to make")],
+    hf: Annotated[
+        bool, typer.Option("--hf", help="Hugging Face: config.json, weights, tokenizer (dense runs)")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a trained dense model in the format of Hugging Face."""
+    from dlcm.errors import UserError
+
+    if not hf:
+        raise UserError("name the format: --hf is the one there is")
+    from dlcm.export import export_hf
+
+    done = export_hf(run_dir, output)
+    if as_json:
+        import json
+
+        print(json.dumps({"path": str(done.path), "files": done.files, "n_parameters": done.n_parameters}, indent=2))
+    else:
+        print(f"{done.path}: {done.n_parameters:,} parameters; {', '.join(done.files)}")

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from dlcm.boundary import uniform_draws
-from dlcm.checkpoint import check_corpus, load_config, load_trained
 from dlcm.errors import UserError
 from dlcm.model import Model
-from dlcm.shards import open_corpus
+from dlcm.opened import open_run
 from dlcm.tokens import Tokenizer
 
 # Prompts are read this many tokens at a time: the masks of a chunk grow with its length times that of what came before.
@@ -215,10 +214,5 @@ def generate_from_run(
     Raises:
         UserError: no trained run, or a corpus whose tokenizer is not the one the run was trained with.
     """
-    run_dir = Path(run_dir)
-    corpus = open_corpus(load_config(run_dir).data)
-    check_corpus(run_dir, corpus)
-    model, config = load_trained(run_dir)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=config.train.is_bf16(device))
-    return generate(model.to(device), corpus.tokenizer, prompts, sampling, on_text=on_text, autocast=autocast)
+    run = open_run(run_dir)
+    return generate(run.model, run.tokenizer, prompts, sampling, on_text=on_text, autocast=run.autocast)

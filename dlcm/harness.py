@@ -1,25 +1,24 @@
-"""lm-evaluation-harness: the model class and the task class that it runs. Importing this takes seconds.
+"""lm-evaluation-harness: the model class and the task class that it runs. Importing this takes seconds."""
 
-T tokens of one packed forward pass, V vocabulary.
-"""
-
-import contextlib
-import io
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import datasets
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import mean
 from lm_eval.api.model import TemplateLM
-from lm_eval.api.task import ConfigurableTask
+from lm_eval.api.task import Task
+from lm_eval.config.task import TaskConfig
+from lm_eval.filters import build_filter_ensemble
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from dlcm.errors import UserError
 from dlcm.generate import Sampling, generate
-from dlcm.tasks import SCORING_VERSION, EvalTask
+from dlcm.model import Model
+from dlcm.scoring import Question, Scorer
+from dlcm.tasks import SCORING_VERSION, EvalTask, Item
 from dlcm.tokens import Tokenizer
 
 _BATCH_TOKENS = 4_096
@@ -29,8 +28,8 @@ _MAX_NEW_TOKENS = 64
 class HarnessModel(TemplateLM):
     """A DLCM or dense model as lm-eval sees it.
 
-    Every sequence starts with the end of text, as every training document does. Requests are sorted by length and packed,
-    several sequences to one forward pass, so nothing is padded. Log-softmax is computed in float32.
+    Every sequence starts with the end of text, as every training document does. What requests share is read once, and what
+    they do not share is packed by length (`dlcm.scoring`).
     """
 
     def __init__(
@@ -54,10 +53,12 @@ class HarnessModel(TemplateLM):
         """
         super().__init__()
         self.model, self.text, self.max_length = model, tokenizer, max_length
-        self._batch_tokens = batch_tokens
-        self._device = next(model.parameters()).device
-        self._autocast = autocast or torch.autocast(self._device.type, enabled=False)
+        self._autocast = autocast or torch.autocast(next(model.parameters()).device.type, enabled=False)
+        self._scorer = Scorer(model, batch_tokens, self._autocast, trees=isinstance(model, Model))
+        self._known: dict[str, list[int]] = {}
         self.on_progress: Callable[[int, int], None] = lambda *_: None
+        # Task -> items whose prompt lost its beginning.
+        self.truncated: defaultdict[str | None, set[int | None]] = defaultdict(set)
 
     @property
     def eot_token_id(self) -> int:
@@ -66,15 +67,22 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:  # noqa: ARG002
         """Ids of a text, nothing added."""
-        return self.text.encode(string).tolist()
+        known = self._known.get(string)
+        return self.text.encode(string).tolist() if known is None else known
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log-likelihood in nats of each continuation, and whether greedy decoding would write it.
 
         A request is (context, continuation), or (context, continuation, context ids, continuation ids) where the task is
-        cut at tokens.
+        cut at tokens. All requests of all tasks are answered together.
         """
+        texts = {text for r in requests if len(r.arguments) == 2 for text in _encoded_texts(*r.arguments)}
+        self._known = dict(zip(texts, (ids.tolist() for ids in self.text.encode_batch(list(texts)))))
         encoded = [(request.arguments[:2], *self._ids_of(request.arguments)) for request in requests]
+        self._known = {}
+        for request, (_, context, continuation) in zip(requests, encoded):
+            if len(context) > self._room(continuation):
+                self.truncated[request.task_name].add(request.doc_id)
         return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
 
     def _ids_of(self, args: tuple) -> tuple[list[int], list[int]]:
@@ -129,119 +137,114 @@ class HarnessModel(TemplateLM):
         disable_tqdm: bool = True,  # noqa: ARG002
         **kwargs: Any,  # noqa: ARG002
     ) -> list[tuple[float, bool]]:
-        answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        sequences = [self._sequence(context, continuation) for _, context, continuation in requests]
-        done = 0
-        for batch in self._batches([len(sequence) for sequence in sequences]):
-            lengths = [len(requests[i][2]) for i in batch]
-            for i, answer in zip(batch, self._score([sequences[i] for i in batch], lengths)):
-                answers[i] = answer
-                self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
-            done += len(batch)
-            self.on_progress(done, len(requests))
+        questions = [Question(self._sequence(*ids), len(ids[1])) for _, *ids in requests]
+        answers = self._scorer.score(questions, lambda done: self.on_progress(done, len(requests)))
+        for (texts, *_), answer in zip(requests, answers):
+            self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
 
-    def _sequence(self, context: Sequence[int], continuation: Sequence[int]) -> list[int]:
+    def _room(self, continuation: Sequence[int]) -> int:
+        """Tokens of the context that the model can read before it; the last token is predicted, not read."""
+        return max(self.max_length - len(continuation), 0)
+
+    def _sequence(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[int, ...]:
         """End of text, as much of the context's end as fits, and the continuation."""
-        room = max(self.max_length - len(continuation), 0)  # the last token is predicted, not read
-        kept = list(context)[-room:] if room else []
-        return [self.eot_token_id, *(kept[1:] if kept[:1] == [self.eot_token_id] else kept), *continuation]
-
-    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
-        """Indices by falling length, grouped up to the token limit: an out-of-memory shows at once."""
-        batch, tokens = [], 0
-        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            if batch and tokens + lengths[i] > self._batch_tokens:
-                yield batch
-                batch, tokens = [], 0
-            batch.append(i)
-            tokens += lengths[i]
-        if batch:
-            yield batch
-
-    def _logits(self, sequences: list[list[int]]) -> torch.Tensor:
-        """Logits (T, V) of packed sequences."""
-        cu_seqlens = [0]
-        for sequence in sequences:
-            cu_seqlens.append(cu_seqlens[-1] + len(sequence))
-        tokens_T = torch.tensor([token for sequence in sequences for token in sequence], device=self._device)
-        with self._autocast:
-            return self.model(
-                tokens_T, cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32, device=self._device)
-            ).logits
-
-    @torch.no_grad()
-    def _score(self, sequences: list[list[int]], lengths: list[int]) -> list[tuple[float, bool]]:
-        """Sum of log p over the last `lengths[i]` tokens of each sequence, and whether each of them is the argmax."""
-        logits_TV = self._logits([sequence[:-1] for sequence in sequences])
-        rows, targets, end = [], [], 0
-        for sequence, length in zip(sequences, lengths):
-            end += len(sequence) - 1
-            rows += range(end - length, end)
-            targets += sequence[len(sequence) - length :]
-        targets_T = torch.tensor(targets, dtype=torch.int64, device=self._device)
-        picked_TV = logits_TV[torch.tensor(rows, dtype=torch.int64, device=self._device)].float()
-        log_prob_T = picked_TV.gather(1, targets_T[:, None])[:, 0] - picked_TV.logsumexp(1)
-        greedy_T = picked_TV.argmax(1) == targets_T
-        values, greedy = log_prob_T.double().cpu().split(lengths), greedy_T.cpu().split(lengths)
-        return [(float(value.sum()), bool(all_.all())) for value, all_ in zip(values, greedy)]
+        room = self._room(continuation)
+        kept = tuple(context)[-room:] if room else ()
+        return (self.eot_token_id, *(kept[1:] if kept[:1] == (self.eot_token_id,) else kept), *continuation)
 
 
-class HarnessTask(ConfigurableTask):
-    """An `EvalTask` as lm-eval sees it: multiple choice, zero-shot, its items given instead of fetched."""
+def _encoded_texts(context: str, continuation: str) -> tuple[str, ...]:
+    """What lm-eval encodes of a request: the context without white space at its end, and both together."""
+    return (continuation, context.rstrip(), context + continuation) if context else (continuation,)
+
+
+class HarnessTask(Task):
+    """An `EvalTask` as lm-eval sees it: its items, examples and all, are given instead of fetched."""
+
+    VERSION = SCORING_VERSION
+    OUTPUT_TYPE = "multiple_choice"
 
     def __init__(self, task: EvalTask) -> None:
         """Wrap a task."""
-        self._rows = [asdict(item) for item in task.items]
-        # Name in a result -> name in lm-eval.
-        self.metrics = {name: name for name in ("acc", "acc_norm", "bits_per_byte")}
-        if task.against_prior:
-            self.metrics["acc"] = "acc_mutual_info"
-        metrics = [
-            {"metric": theirs, "aggregation": "mean", "higher_is_better": name != "bits_per_byte"}
-            for name, theirs in self.metrics.items()
+        # Not lm-eval's own __init__, which takes every task for one that generates text.
+        self.task, self._instances = task, None
+        self._filters = [build_filter_ensemble("none", [("take_first", None)])]
+        facts: dict[str, Any] = {"num_fewshot": 0, "metadata": {"version": SCORING_VERSION}}
+        self._config = TaskConfig(task=task.name, output_type="multiple_choice", **facts)
+
+    def download(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is fetched."""
+
+    def has_training_docs(self) -> bool:
+        """No: examples stand in the prompts already."""
+        return False
+
+    def has_validation_docs(self) -> bool:
+        """No: there is one set of items."""
+        return False
+
+    def has_test_docs(self) -> bool:
+        """Yes: the items."""
+        return True
+
+    def test_docs(self) -> list[Item]:
+        """The items."""
+        return list(self.task.items)
+
+    def doc_to_text(self, doc: Item) -> str:
+        """The prompt of the right answer."""
+        return doc.prompts[doc.gold]
+
+    def doc_to_target(self, doc: Item) -> str:
+        """The right answer."""
+        return doc.answers[doc.gold]
+
+    def doc_to_prefix(self, doc: Item) -> None:
+        """Nothing is put before what the model writes."""
+
+    def build_all_requests(self, *, limit: int | None = None, **kwargs: Any) -> None:  # noqa: ARG002
+        """One request an answer, and one more without its prompt where that is scored too."""
+        self._instances = [
+            Instance("loglikelihood", item, arguments, i, metadata=(self.task.name, number, 1))  # pyright: ignore[reportArgumentType]
+            for number, item in enumerate(self.task.items[:limit])
+            for i, arguments in enumerate(self.construct_requests(item, ""))
         ]
-        config = {
-            "task": task.name,
-            "output_type": "multiple_choice",
-            "test_split": "test",
-            "doc_to_text": "query",
-            "doc_to_choice": "choices",
-            "doc_to_target": "gold",
-            "target_delimiter": task.delimiter,
-            "metric_list": metrics,
-            "num_fewshot": 0,
-            "metadata": {"version": SCORING_VERSION},
-        }
-        super().__init__(config=config)
 
-    def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:  # noqa: ARG002
-        """Put the items where lm-eval looks for a data set; nothing is fetched."""
-        self.dataset = {"test": datasets.Dataset.from_list(self._rows)}
+    def construct_requests(self, doc: Item, ctx: str, **kwargs: Any) -> list[tuple]:  # noqa: ARG002
+        """Prompt and answer of each request; ids ride along where the task is cut at tokens."""
+        pairs: list[tuple] = list(zip(doc.prompts, doc.answers))
+        alone: list[tuple] = [("", answer) for answer in doc.answers]
+        if doc.prompt_ids is not None and doc.answer_ids is not None:
+            pairs = [(*pair, *ids) for pair, ids in zip(pairs, zip(doc.prompt_ids, doc.answer_ids))]
+            alone = [(*pair, (), ids) for pair, ids in zip(alone, doc.answer_ids)]
+        return pairs + (alone if self.task.scoring == "gain" else [])
 
-    def build_all_requests(self, **kwargs: Any) -> None:
-        """Build the requests without lm-eval's own progress bar, which cannot be turned off."""
-        with contextlib.redirect_stderr(io.StringIO()):
-            super().build_all_requests(**kwargs)
+    def process_results(self, doc: Item, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+        """Scores of one item: acc by the task's scoring, acc_norm by log-likelihood per byte, bits per byte of the right answer.
 
-    def construct_requests(self, doc: dict, ctx: str | list[str], **kwargs: Any) -> list[Instance]:
-        """One request an answer; ids ride along where the task is cut at tokens."""
-        requests = super().construct_requests(doc, ctx, **kwargs)
-        assert isinstance(requests, list)
-        if doc["query_ids"] is not None:
-            # Where the prior is asked for, a second round of requests follows, without the query.
-            queries = [doc["query_ids"]] * len(doc["choices"]) + [[]] * len(doc["choices"])
-            for request, query, ids in zip(requests, queries, doc["choice_ids"] * 2):
-                request.arguments = (*request.arguments, query, ids)
-        return requests
+        An item of which any log-likelihood is no number is answered wrong.
+        """
+        values = [value for value, _ in results]
+        given, gold = values[: len(doc.answers)], doc.gold
+        per_byte = [value / max(n, 1) for value, n in zip(given, doc.answer_bytes)]
+        finite = all(map(math.isfinite, values))
+        scores = {"bits_per_byte": -per_byte[gold] / math.log(2)}
+        if self.task.scoring == "greedy":
+            return {"acc": float(finite and results[gold][1]), **scores}
+        ranked = [a - b for a, b in zip(given, values[len(given) :])] if self.task.scoring == "gain" else given
+        accuracies = {"acc": ranked, "acc_norm": per_byte}
+        return {**{name: float(finite and _argmax(v) == gold) for name, v in accuracies.items()}, **scores}
 
-    def process_results(self, doc: dict, results: list[tuple[float, bool]]) -> dict[str, float]:
-        """Scores of one item: acc as lm-eval has it; acc_norm by bytes in every version of lm-eval; bits per byte."""
-        n_bytes, gold = doc["choice_bytes"], doc["gold"]
-        per_byte = [value / max(n, 1) for (value, _), n in zip(results, n_bytes)]
-        acc = self.metrics["acc"]
-        return {
-            acc: super().process_results(doc, results)[acc],
-            "acc_norm": float(max(range(len(per_byte)), key=per_byte.__getitem__) == gold),
-            "bits_per_byte": -per_byte[gold] / math.log(2),
-        }
+    def aggregation(self) -> dict[str, Callable]:
+        """Means over items."""
+        return {name: mean for name in self.higher_is_better()}  # noqa: C420 (pyright takes no fromkeys here)
+
+    def higher_is_better(self) -> dict[str, bool]:
+        """Which way each score points."""
+        return {"acc": True, **({} if self.task.scoring == "greedy" else {"acc_norm": True}), "bits_per_byte": False}
+
+
+def _argmax(values: Sequence[float]) -> int:
+    """Index of the largest value, the first of equal ones, as lm-eval takes it."""
+    return max(range(len(values)), key=values.__getitem__)

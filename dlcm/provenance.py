@@ -27,6 +27,12 @@ def source_commit() -> tuple[str | None, str | None]:
     return commit, hashlib.sha256(difference.encode()).hexdigest()[:16] if difference else None
 
 
+def commit_in_words() -> str:
+    """The commit of the running code, with `+` and a hash where the checkout differs from it."""
+    commit, difference = source_commit()
+    return f"{commit}+{difference}" if commit and difference else commit or "not a checkout"
+
+
 def processor_name() -> str:
     """The model name of the processor, as the system tells it."""
     try:

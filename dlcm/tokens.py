@@ -107,6 +107,34 @@ class Tokenizer:
         if self.backend is not None:
             path.write_bytes(_canonical(self.backend))
 
+    def with_end_of_text(self) -> "tuple[tokenizers.Tokenizer, str]":
+        """A `tokenizers.Tokenizer` that puts the end of text before every text, as training does, and the end of text's name.
+
+        Raises:
+            UserError: the vocabulary knows no end of text, and has no place for one where this class puts it.
+        """
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import decoders, models, pre_tokenizers, processors
+
+        if self.backend is None:
+            # Bytes are a byte-level BPE that has learned no pair.
+            backend = Backend(models.BPE(dict(_byte_alphabet()), []))
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            backend.decoder = decoders.ByteLevel()
+        else:
+            backend = Backend.from_str(self.backend.to_str())
+        name = backend.id_to_token(self.eot_id) or EOT
+        backend.add_special_tokens([name])
+        if backend.token_to_id(name) != self.eot_id:
+            raise UserError(
+                f"data.tokenizer: its ids have gaps, so that no end of text can be added as id {self.eot_id}; "
+                "use a tokenizer that has one"
+            )
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{name} $A", special_tokens=[(name, self.eot_id)]
+        )
+        return backend, name
+
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`, without an end of text."""
         return self.encode_batch([text])[0]

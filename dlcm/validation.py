@@ -66,8 +66,8 @@ def _detect(
 ) -> tuple[Tensor, int]:
     """Boundary scores of the fixed windows of all sources, and the number of boundaries under the present threshold."""
     scores, n_concepts = [], 0
-    for split, n_windows in zip(splits, _n_windows(parts, config)):
-        for _, tokens_T, _, cu_seqlens in _fixed_batches(model, split, n_windows, config):
+    for split, n_windows in zip(splits, n_validation_windows(parts, config)):
+        for _, tokens_T, _, cu_seqlens in fixed_batches(model, split, n_windows, config):
             with autocast or torch.autocast(tokens_T.device.type, enabled=False):
                 detected = model.detect(tokens_T, cu_seqlens)
             assert detected.score_T is not None
@@ -110,7 +110,9 @@ def evaluate_loss(
     """
     model.eval()
     parts = parts_of(corpus)
-    found = [_part_sums(model, part, n, config, autocast) for part, n in zip(parts, _n_windows(parts, config))]
+    found = [
+        _part_sums(model, part, n, config, autocast) for part, n in zip(parts, n_validation_windows(parts, config))
+    ]
     total = _DomainSums()
     for sums in found:
         total.join(sums)
@@ -135,7 +137,7 @@ def _part_sums(
     """The sums over the fixed validation windows of one source."""
     corpus, sums = part.corpus, _DomainSums()
     labels = StreamLabels(corpus.validation, corpus.tokenizer)
-    for batch, tokens_T, targets_T, cu_seqlens in _fixed_batches(model, corpus.validation, n_windows, config):
+    for batch, tokens_T, targets_T, cu_seqlens in fixed_batches(model, corpus.validation, n_windows, config):
         with autocast or torch.autocast(tokens_T.device.type, enabled=False):
             out = model(tokens_T, cu_seqlens=cu_seqlens, targets=targets_T)
         sums.add(batch, out, labels, corpus.tokenizer.eot_id)
@@ -214,11 +216,12 @@ class _DomainSums:
         }
 
 
-def _n_windows(parts: Sequence[Part], config: RunConfig) -> list[int]:
+def n_validation_windows(parts: Sequence[Part], config: RunConfig) -> list[int]:
+    """Windows of the fixed validation set, of each source."""
     return fixed_windows(parts, config.data.validation_tokens, config.data.seq_len)
 
 
-def _fixed_batches(
+def fixed_batches(
     model: Model, split: Split, n_windows: int, config: RunConfig
 ) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
     """At most `n_windows` fixed windows of a split, and their tokens, targets and cu_seqlens on the device of the model."""

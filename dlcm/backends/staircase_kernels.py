@@ -107,9 +107,8 @@ def scores(
 def walk_keys(t, m0, m_end, t_M, hi_M, lo, hi, end, OWN_BIAS: tl.constexpr, BLOCK_N: tl.constexpr):
     """The keys that the rows [t, ...) of one document in the block [m0, m_end) see.
 
-    Returns:
-        First row of the next document; first key; where the tiles stop that every row of the block sees whole; last key + 1;
-        that limit for each row by itself, zero for the rows of other documents.
+    Gives the first row of the next document; the first key; where the tiles stop that every row of the block sees whole; the last
+    key + 1; that limit for each row by itself, zero for the rows of other documents.
     """
     lo_t = tl.load(lo + t)
     t_next = tl.minimum(tl.load(end + lo_t), m_end)

@@ -34,7 +34,7 @@ def row_kernel(
     BLOCK_A: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """What the backward kernels need of each row: log-sum-exp in base 2 and <d_out, out>, as (2, H, T).
+    """What the backward kernels need of each row: log-sum-exp in base 2 and `<d_out, out>`, as (2, H, T).
 
     Tokens run fastest there, because a tile reads both for many tokens of one head.
     """

@@ -2,6 +2,7 @@ import json
 import sys
 from importlib.metadata import EntryPoint
 
+import numpy as np
 import pytest
 import yaml
 
@@ -9,7 +10,7 @@ from dlcm import cli, evaluate
 from dlcm.config import RunConfig
 from dlcm.console import Reporter
 from dlcm.errors import UserError
-from dlcm.evaluate import format_results
+from dlcm.evaluate import format_results, pending
 from dlcm.train import train
 from tests.dlcm.conftest import small_config
 from tests.dlcm.texts import write_texts
@@ -61,7 +62,7 @@ def test_the_record_holds_every_field_of_the_contract(trained, task_file):
     results = evaluate(trained, ["corpus", str(task_file)], limit=10)
     for result, name in zip(results, ("corpus", "words")):
         record = json.loads((trained / "eval" / f"{name}.json").read_text())
-        assert record["schema"] == 1
+        assert record["schema"] == 2
         assert (record["task"], record["n"], record["chance"], record["n_shot"]) == (name, 10, 0.25, 0)
         assert 0 <= record["acc"] <= 1
         for key in ("acc_stderr", "acc_norm", "acc_norm_stderr", "bits_per_byte", "bits_per_byte_stderr"):
@@ -90,10 +91,72 @@ def test_what_was_measured_is_read_back_until_the_task_changes_or_force_is_given
     assert len(measured) == 4
 
 
+def test_what_each_item_did_is_kept_and_its_means_are_the_scores(trained, task_file):
+    (result,) = evaluate(trained, [str(task_file)], force=True)
+    record = json.loads((trained / "eval" / "words.json").read_text())
+    correct, bits = (
+        [int(digit) for digit in record["correct"]],
+        [float(x) for x in record["item_bits_per_byte"].split()],
+    )
+    assert len(correct) == len(bits) == result.n == 12
+    assert np.mean(correct) == pytest.approx(result.acc)
+    assert np.std(correct, ddof=1) / 12**0.5 == pytest.approx(result.acc_stderr)
+    assert np.mean([int(digit) for digit in record["correct_norm"]]) == pytest.approx(result.acc_norm)
+    assert np.mean(bits) == pytest.approx(result.bits_per_byte, rel=1e-3)
+    assert np.std(bits, ddof=1) / 12**0.5 == pytest.approx(result.bits_per_byte_stderr, rel=1e-2)
+
+
+def test_all_tasks_are_answered_in_one_pass_as_each_alone(trained, task_file, tmp_path, monkeypatch):
+    (tmp_path / "last.jsonl").write_text("".join(json.dumps({"text": f"{i} the of and"}) + "\n" for i in range(5)))
+    pair = {"contexts": ["the of", "in the"], "ending": "and", "gold": 1}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n" + json.dumps({**pair, "gold": 0}) + "\n")
+    tasks = ["corpus", str(task_file), f"{task_file}@2", str(tmp_path / "last.jsonl"), str(tmp_path / "pairs.jsonl")]
+    alone = [evaluate(trained, [task], limit=10, force=True)[0] for task in tasks]
+    from dlcm import harness
+
+    calls, real = [], harness.HarnessModel.loglikelihood
+    monkeypatch.setattr(harness.HarnessModel, "loglikelihood", lambda *args: calls.append(1) or real(*args))
+    together = evaluate(trained, tasks, limit=10, force=True)
+    assert calls == [1]
+    assert [result.task for result in together] == ["corpus", "words", "words_2shot", "last", "pairs"]
+    for one, other in zip(alone, together):
+        assert (one.correct, one.correct_norm, one.task_hash, one.n_truncated) == (
+            other.correct,
+            other.correct_norm,
+            other.task_hash,
+            other.n_truncated,
+        )
+        assert one.bits_per_byte == pytest.approx(other.bits_per_byte, rel=1e-5)
+    last, pairs = together[3:]
+    assert (last.acc_norm, last.correct_norm, last.chance) == (None, None, 0.0)
+    assert pairs.correct in ("10", "01")  # the same two contexts, the other one right
+
+
+def test_prompts_that_are_cut_are_counted_and_told(trained, task_file):
+    (result,) = evaluate(trained, [f"{task_file}@8"])
+    assert (result.max_length, result.n_truncated, result.n) == (64, 12, 12)
+    assert "longer than the 64 tokens" in format_results([result])
+    assert evaluate(trained, [str(task_file)])[0].n_truncated == 0
+
+
+def test_what_would_be_measured_is_told_without_measuring(trained, task_file):
+    evaluate(trained, [str(task_file)], force=True)
+    again = pending(trained, [str(task_file), f"{task_file}@1"])
+    assert again.tasks == (f"{task_file}@1",)
+    # A byte is a token here: four answers of each row behind the row and one that is answered.
+    texts = [4 * len(row["query"]) + sum(len(choice) + 1 for choice in row["choices"]) for row in ROWS]
+    shots = [len(f"{i} the of {row['choices'][row['gold']]}\n\n") for i, row in enumerate(ROWS)]
+    assert sum(texts) + 4 * 12 * min(shots) <= again.n_tokens <= sum(texts) + 4 * 12 * max(shots)
+    assert pending(trained, [str(task_file)], limit=3).tasks == (str(task_file),)
+    assert pending(trained, [str(task_file)], force=True).tasks == (str(task_file),)
+    task_file.write_text(task_file.read_text() + json.dumps(ROWS[0]) + "\n")
+    assert pending(trained, [str(task_file)]).tasks == (str(task_file),)
+
+
 def test_progress_is_told_to_the_end(trained, task_file):
     calls = []
     evaluate(trained, [str(task_file)], force=True, progress=lambda *args: calls.append(args))
-    assert calls[-1] == ("words", 48, 48)
+    assert calls[-1] == ("evaluating", 48, 48)
 
 
 def test_a_bad_row_leaves_the_earlier_result_untouched(trained, task_file):
@@ -115,32 +178,6 @@ def test_a_single_item_has_no_standard_error_and_says_so_with_null(trained, task
     assert result.acc_stderr is None
     assert "±" not in format_results([result]).splitlines()[1]
     json.loads((trained / "eval" / "words.json").read_text(), parse_constant=pytest.fail)
-
-
-def test_the_eval_verb_prints_a_table_or_json(dlcm, trained, task_file):
-    code, out, _ = dlcm("eval", trained, "--task", "corpus", "--task", task_file, "--limit", "8")
-    assert code == 0
-    assert "bits per byte" in out.splitlines()[0]
-    assert [line.split()[:2] for line in out.splitlines()[1:]] == [["corpus", "8"], ["words", "8"]]
-    code, out, _ = dlcm("eval", trained, "--limit", "8", "--json")
-    assert code == 0
-    assert json.loads(out)[0]["task"] == "corpus"
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (("--task", "corpsu"), "unknown task 'corpsu'; did you mean 'corpus'?"),
-        (("--task", "none.jsonl"), "task none.jsonl: no such file"),
-        (("--limit", "0"), "--limit"),
-    ],
-)
-def test_the_eval_verb_refuses_in_one_line(dlcm, trained, args, message):
-    code, out, err = dlcm("eval", trained, *args)
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ")
-    assert message in err
-    assert err.count("\n") == 1
 
 
 def write_config(path, config, **changes):

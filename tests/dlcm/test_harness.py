@@ -1,18 +1,22 @@
+import json
 import math
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate as run_harness
 from torch import nn
 
 from dlcm.config import DataConfig
+from dlcm.corpus_task import corpus_task
 from dlcm.errors import UserError
 from dlcm.harness import HarnessModel, HarnessTask
 from dlcm.model import build_model
 from dlcm.shards import open_corpus
-from dlcm.tasks import EvalTask, Item, corpus_task
+from dlcm.tasks import EvalTask, Item, jsonl_task
 from dlcm.tokens import Tokenizer
 from tests.dlcm.conftest import awake, dense_config, small_config
 from tests.dlcm.texts import write_texts
@@ -172,11 +176,16 @@ def test_generation_is_greedy_and_stops_where_it_should():
         generate(do_sample=True, temperature=0.8)
 
 
+def item(query, choices, gold):
+    answers = tuple(f" {choice}" for choice in choices)
+    return Item((query,) * len(choices), answers, gold, tuple(len(choice.encode()) for choice in choices))
+
+
 ITEMS = (
-    Item("Two and two is", ("four", "five", "twenty-two"), 0, (4, 4, 10)),
-    Item("", ("yes", "nö"), 1, (3, 3)),
-    Item("{{ not a template }}", ("a", "b"), 0, (1, 1)),
-    Item("12", ("a much longer answer", "b"), 0, (20, 1)),
+    item("Two and two is", ("four", "five", "twenty-two"), 0),
+    item("", ("yes", "nö"), 1),
+    item("{{ not a template }}", ("a", "b"), 0),
+    item("12", ("a much longer answer", "b"), 0),
 )
 
 
@@ -184,19 +193,17 @@ ITEMS = (
 def scored():
     model = Recurrent(257)
     lm = HarnessModel(model, BYTES, 100)
-    return model, run_harness(
-        lm, {"mine": HarnessTask(EvalTask("mine", ITEMS, " "))}, bootstrap_iters=1, log_samples=True
-    )
+    return model, run_harness(lm, {"mine": HarnessTask(EvalTask("mine", ITEMS))}, bootstrap_iters=1, log_samples=True)
 
 
 def test_accuracies_and_bits_per_byte_are_those_computed_by_hand(scored):
     model, answer = scored
     acc, acc_norm, bits = [], [], []
     for item in ITEMS:
-        values = [by_hand(model, BYTES, item.query.encode(), f" {choice}".encode())[0] for choice in item.choices]
+        values = [by_hand(model, BYTES, item.prompts[0].encode(), answer.encode())[0] for answer in item.answers]
         acc.append(float(np.argmax(values) == item.gold))
-        acc_norm.append(float(np.argmax(np.array(values) / item.choice_bytes) == item.gold))
-        bits.append(-values[item.gold] / math.log(2) / item.choice_bytes[item.gold])
+        acc_norm.append(float(np.argmax(np.array(values) / item.answer_bytes) == item.gold))
+        bits.append(-values[item.gold] / math.log(2) / item.answer_bytes[item.gold])
     scores = answer["results"]["mine"]
     for name, expected in (("acc", acc), ("acc_norm", acc_norm), ("bits_per_byte", bits)):
         assert scores[f"{name},none"] == pytest.approx(np.mean(expected), rel=1e-5)
@@ -205,24 +212,125 @@ def test_accuracies_and_bits_per_byte_are_those_computed_by_hand(scored):
         )
 
 
+def harness_scores(model, task):
+    return run_harness(HarnessModel(model, BYTES, 200), {task.name: HarnessTask(task)}, bootstrap_iters=1)
+
+
+PAIRS_OF_CONTEXTS = [
+    {"contexts": [f"{i} so the cat", f"{i} so the dog", f"{i} as"], "ending": f"ran {i}.", "gold": i % 3}
+    for i in range(9)
+]
+TEXTS = [{"text": f"It was {i} and one and {i}"} for i in range(9)]
+CHOICES = [{"query": f"{i} and", "choices": [f"a {i}", "no", f"c {i} {i}"], "gold": i % 3} for i in range(9)]
+THEIR_TASKS = {
+    "choices": (
+        CHOICES,
+        {
+            "doc_to_text": "query",
+            "doc_to_choice": "choices",
+            "doc_to_target": "gold",
+            "output_type": "multiple_choice",
+            "metric_list": [
+                {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")
+            ],
+        },
+    ),
+    "contexts": (
+        PAIRS_OF_CONTEXTS,
+        {
+            "doc_to_text": "gold",
+            "doc_to_choice": "contexts",
+            "doc_to_target": "ending",
+            "output_type": "multiple_choice",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        },
+    ),
+    "last_word": (
+        TEXTS,
+        {
+            "doc_to_text": "{{text.rsplit(' ', 1)[0]}}",
+            "doc_to_target": "{{' ' + text.rsplit(' ', 1)[1]}}",
+            "output_type": "loglikelihood",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", THEIR_TASKS)
+def test_each_kind_of_row_is_scored_as_lm_evals_own_task_scores_it(kind, tmp_path):
+    rows, config = THEIR_TASKS[kind]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ours, model = (
+        jsonl_task(path),
+        Lookup(257, b"It was 1 and one and 1 It was 5 and one and 5 so the dog ran", order=2),
+    )
+    answer = harness_scores(model, ours)
+    data = {
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)},
+        "test_split": "test",
+        "task": "theirs",
+    }
+    theirs = run_harness(
+        HarnessModel(model, BYTES, 200), {"theirs": ConfigurableTask(config=data | config)}, bootstrap_iters=1
+    )
+    assert [s["acc"] for s in answer["samples"]["x"]] == [s["acc"] for s in theirs["samples"]["theirs"]]
+    assert [[a[:2] for a in s["arguments"]] for s in answer["samples"]["x"]] == [
+        [tuple(a) for a in s["arguments"]] for s in theirs["samples"]["theirs"]
+    ]
+    assert answer["results"]["x"]["acc,none"] == theirs["results"]["theirs"]["acc,none"]
+    if kind == "choices":  # of equal text, bytes and characters are one
+        assert answer["results"]["x"]["acc_norm,none"] == theirs["results"]["theirs"]["acc_norm,none"]
+    if kind == "last_word":
+        assert 0 < answer["results"]["x"]["acc,none"] < 1
+
+
+def test_an_answer_that_is_no_number_is_wrong_and_the_others_count():
+    task = HarnessTask(EvalTask("t", ITEMS))
+    assert task.process_results(ITEMS[0], [(math.nan, False), (-1.0, False), (-2.0, False)])["acc"] == 0.0
+    assert task.process_results(ITEMS[0], [(-1.0, False), (math.nan, False), (-2.0, False)])["acc_norm"] == 0.0
+    assert task.process_results(ITEMS[0], [(-1.0, False), (-2.0, False), (-3.0, False)])["acc"] == 1.0
+
+
+def test_what_another_sequence_begins_with_is_read_once():
+    model = Recurrent(257)
+    lm = HarnessModel(model, BYTES, 1000)
+    pairs = [
+        ("A or B?", " A"),
+        ("A or B?", " B"),
+        ("A or B?", " A"),
+        ("A or B?", " A is it"),
+        ("A", " or"),
+        ("C", " A"),
+    ]
+    answers = lm.loglikelihood(ask(*pairs))
+    # An answer's last token is predicted, not read: all of the first question begin the pass over "A or B? A is i".
+    assert model.calls == [[15, 3]]
+    for (context, continuation), (value, greedy) in zip(pairs, answers):
+        expected = by_hand(model, BYTES, context.encode(), continuation.encode())
+        assert value == pytest.approx(expected[0], rel=1e-5)
+        assert greedy == expected[1]
+
+
 def test_the_corpus_task_is_scored_by_the_gain_over_the_prior(tmp_path):
     corpus = open_corpus(DataConfig(corpus=str(write_texts(tmp_path)), tokenizer="bpe-400", validation_share=0.3))
     task, model = corpus_task(corpus, limit=40), Recurrent(corpus.tokenizer.vocab_size)
     answer = run_harness(HarnessModel(model, corpus.tokenizer, 256), {"corpus": HarnessTask(task)}, bootstrap_iters=1)
     acc, acc_norm = [], []
     for item in task.items:
-        given = np.array([by_hand(model, corpus.tokenizer, item.query_ids, ids)[0] for ids in item.choice_ids])
-        alone = np.array([by_hand(model, corpus.tokenizer, (), ids)[0] for ids in item.choice_ids])
+        given = np.array([by_hand(model, corpus.tokenizer, item.prompt_ids[0], ids)[0] for ids in item.answer_ids])
+        alone = np.array([by_hand(model, corpus.tokenizer, (), ids)[0] for ids in item.answer_ids])
         acc.append(float(np.argmax(given - alone) == item.gold))
-        acc_norm.append(float(np.argmax(given / item.choice_bytes) == item.gold))
+        acc_norm.append(float(np.argmax(given / item.answer_bytes) == item.gold))
     scores = answer["results"]["corpus"]
-    assert scores["acc_mutual_info,none"] == pytest.approx(np.mean(acc))
+    assert scores["acc,none"] == pytest.approx(np.mean(acc))
     assert scores["acc_norm,none"] == pytest.approx(np.mean(acc_norm))
 
 
 def test_the_prompt_reaches_the_model_as_it_stands_in_the_row(scored):
     samples = scored[1]["samples"]["mine"]
-    assert [sample["arguments"][0][0] for sample in samples] == [item.query for item in ITEMS]
+    assert [sample["arguments"][0][0] for sample in samples] == [item.prompts[0] for item in ITEMS]
     assert samples[0]["arguments"][2][1] == " twenty-two"
 
 
@@ -234,7 +342,7 @@ def test_a_model_that_knows_the_text_answers_the_corpus_task_and_one_that_knows_
     def accuracy(model):
         lm = HarnessModel(model, corpus.tokenizer, 256)
         answer = run_harness(lm, {task.name: HarnessTask(task)}, bootstrap_iters=1, log_samples=False)
-        return answer["results"]["corpus"]["acc_mutual_info,none"]
+        return answer["results"]["corpus"]["acc,none"]
 
     assert accuracy(Lookup(vocab_size, stream, order=16)) > 0.95
     assert abs(accuracy(Recurrent(vocab_size)) - 0.25) < 0.13
@@ -249,5 +357,5 @@ def test_nothing_is_fetched_and_nothing_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     model = build_model(small_config(vocab_size=257)).eval()
-    run_harness(HarnessModel(model, BYTES, 64), {"t": HarnessTask(EvalTask("t", ITEMS, " "))}, log_samples=False)
+    run_harness(HarnessModel(model, BYTES, 64), {"t": HarnessTask(EvalTask("t", ITEMS))}, log_samples=False)
     assert capsys.readouterr() == ("", "")

@@ -17,13 +17,13 @@ import yaml
 from dlcm import mixture as mixtures
 from dlcm.checkpoint import checkpoint_paths
 from dlcm.config import DataConfig, RunConfig
+from dlcm.corpus_task import corpus_task
 from dlcm.data_config import BLOCK_WINDOWS
 from dlcm.errors import UserError, parse
 from dlcm.micro_batch import micro_batches
 from dlcm.mixture import STREAM_POSITIONS, MixedSplit, apportion, blend, open_mixture
 from dlcm.record import read_json, read_metrics
 from dlcm.shards import Split, open_corpus
-from dlcm.tasks import corpus_task
 from dlcm.train import train
 from dlcm.trainer import Trainer
 from dlcm.validation import calibrate_threshold, evaluate_loss
@@ -412,8 +412,8 @@ def test_each_source_has_evaluation_items_by_weight_and_answers_of_its_own(folde
     words = {name: {word.strip() for word in WORDS[name]} for name in ("code", "wiki")}
     kinds = []
     for item in task.items:
-        passages = [item.query, *item.choices]
-        kinds.append("code" if any(mark in item.query for mark in ("(", "=", "import", "return")) else "wiki")
+        passages = [*item.prompts, *item.answers]
+        kinds.append("code" if any(mark in item.prompts[0] for mark in ("(", "=", "import", "return")) else "wiki")
         other = "wiki" if kinds[-1] == "code" else "code"
         assert not any(word in passage for word in words[other] for passage in passages)
     assert (kinds.count("code"), kinds.count("wiki")) == (10, 30)
