@@ -9,7 +9,9 @@ import difflib
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
 
 from dlcm.config import Frozen, RunConfig
 from dlcm.data_config import SourceConfig
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
 
 # Names that stand for a config field: one way to write it, one way to store it.
 ALIASES = {"compression_ratio": "model.boundary.compression_ratio", "boundary": "model.boundary.detector"}
-# Names that the shape solver consumes.
-DESIGN = ("size", "concept_share", "parametrization")
 # Keys whose values may be written as 0.3M.
 COUNTS = ("size", "optim.warmup_tokens", "train.tokens", "train.batch_tokens", "train.micro_batch_tokens")
 MIXTURE = "data.mixture"
@@ -37,6 +37,28 @@ def parse_count(value: Any) -> Any:
         except ValueError:
             return value
     return value
+
+
+CountText = Annotated[str, Field(pattern=r"^[0-9][0-9._]*(e[+-]?[0-9]+)?[kKmMbBtT]?$")]
+Count = Annotated[
+    float, Field(gt=0), BeforeValidator(parse_count, json_schema_input_type=Annotated[float, Field(gt=0)] | CountText)
+]
+Parametrization = Literal["mup", "standard"]
+
+
+class DesignVariables(Frozen):
+    """What a sweep says in place of widths and depths. The shape solver consumes these; they are stored in no run config."""
+
+    size: Count = Field(description="N, non-embedding parameters; the architecture follows by the rule of `shape`")
+    concept_share: float = Field(gt=0, lt=1, description="P, share of these parameters in the concept backbone")
+    parametrization: Parametrization = Field(
+        default="mup",
+        description="`mup`: learning rates, initial weights and logits scale with the widths (eqs 18-21); `standard`: one rate "
+        "for all widths",
+    )
+
+
+DESIGN = tuple(DesignVariables.model_fields)
 
 
 @functools.cache

@@ -78,4 +78,4 @@ def is_open(run: StoredRun, sweep: StoredSweep, submission: int, mine: bool = Fa
     result = read_record(run.path / "result.json")
     if result is None:
         return True
-    return result["status"] == "finished" and bool(run_state(run, sweep.spec.evaluate).missing_evaluations)
+    return result["status"] == "finished" and bool(run_state(run, tuple(sweep.tasks)).missing_evaluations)

@@ -60,7 +60,7 @@ class ClusterConfig(Frozen):
         default=None, ge=0, description="price of one device for one hour, in any currency"
     )
 
-    @field_validator("time", "max_time", mode="before")
+    @field_validator("time", "max_time", mode="before", json_schema_input_type=str | int | None)
     @classmethod
     def _time(cls, value: Any) -> str | None:
         if value is None:

@@ -1,8 +1,10 @@
 """The code that a sweep was submitted with: frozen beside it, so that a changed checkout does not change running experiments.
 
+```text
 <sweep>/code/<hash>/dlcm, flops, sweeps, analysis     the files, as they were in the working tree
                    /snapshot.json                     commit, hash of the difference, versions, number of files
                    /difference.diff                   what differed from the commit
+```
 """
 
 import hashlib

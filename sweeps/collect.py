@@ -14,7 +14,7 @@ import pandas as pd
 
 from dlcm.errors import UserError
 from dlcm.record import read_json, read_metrics, write_atomic
-from flops import FlopCount, count, parameters
+from flops import FlopCount, count, decode, parameters
 from sweeps.states import RunState, sweep_states
 from sweeps.store import StoredRun, StoredSweep, load_sweep, read_record
 
@@ -61,6 +61,9 @@ COLUMNS: Mapping[str, Column] = {
     "flops_per_token_forward": Column(
         "float64", "FLOPs/token", "forward pass, causal-halved, at R realised at evaluation"
     ),
+    "flops_per_token_decode": Column(
+        "float64", "FLOPs/token", "a token that is decoded behind seq_len tokens, at R realised at evaluation"
+    ),
     "loss_nats": Column("float64", "nats/token", "validation loss"),
     "loss_nats_stable": Column("float64", "nats/token", "the same where the decay of wsd begins (L_stable, eq 23)"),
     "bits_per_byte": Column("float64", "bits/byte", "validation loss per UTF-8 byte"),
@@ -93,6 +96,9 @@ TASK_COLUMNS: Mapping[str, Column] = {
     "acc_norm_<task>": Column("float64", "", "accuracy by log-likelihood per byte"),
     "bpb_<task>": Column("float64", "bits/byte", "bits per byte of the right answer"),
     "bpb_<task>_stderr": Column("float64", "bits/byte", "its standard error"),
+    "n_<task>": Column("float64", "", "items"),
+    "chance_<task>": Column("float64", "", "expected accuracy of guessing"),
+    "constant_<task>": Column("float64", "", "accuracy of giving the answer of one place always, the best one"),
 }
 _TASK_KEYS = {
     "acc_<task>": "acc",
@@ -100,6 +106,9 @@ _TASK_KEYS = {
     "acc_norm_<task>": "acc_norm",
     "bpb_<task>": "bits_per_byte",
     "bpb_<task>_stderr": "bits_per_byte_stderr",
+    "n_<task>": "n",
+    "chance_<task>": "chance",
+    "constant_<task>": "constant",
 }
 
 
@@ -135,6 +144,21 @@ def as_results(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame(list(rows), columns=[*COLUMNS, *more])
     dtypes = {name: column.dtype for name, column in COLUMNS.items()} | dict.fromkeys(more, "float64")
     return frame.astype(dtypes)
+
+
+def told_accuracies(frame: pd.DataFrame) -> list[str]:
+    """A line a task: how many runs were evaluated on it, and between which accuracies they are."""
+    lines = []
+    for name in (str(column).removeprefix("n_") for column in frame if str(column).startswith("n_")):
+        acc = [100 * float(value) for value in frame[f"acc_{name}"] if not pd.isna(value)]
+        if acc:
+            runs = f"{len(acc)} run{'s' * (len(acc) > 1)}"
+            floors = {word: [*map(float, frame[f"{word}_{name}"].dropna())] for word in ("chance", "constant")}
+            told = ", ".join(f"{word} {100 * max(values):.1f} %" for word, values in floors.items() if values)
+            lines.append(
+                f"{name}: {runs}, accuracy {min(acc):.1f} to {max(acc):.1f} %" + (f" ({told})" if told else "")
+            )
+    return lines
 
 
 def _order(name: str) -> tuple[int, str, int]:
@@ -208,6 +232,9 @@ def _measured(run: StoredRun, result: Mapping[str, Any]) -> dict[str, Any]:
         "flops_train": training.training_per_token * result["tokens"] if training else None,
         "flops_train_full": full.training_per_token * result["tokens"] if full else None,
         "flops_per_token_forward": evaluation.forward_per_token if evaluation else None,
+        "flops_per_token_decode": (
+            decode(config.model, config.data.seq_len, 1, at_evaluation).forward_per_token if at_evaluation else None
+        ),
         "trunk": result.get("trunk"),
         "tokens_shared": shared,
         "flops_train_marginal": training.training_per_token * (result["tokens"] - shared) if training else None,

@@ -1,4 +1,4 @@
-"""The verbs `dlcm sweep ...` and `dlcm flops table`. Only typer is imported here: `dlcm --help` must answer at once."""
+"""The verbs `sweep ...`, `eval` and `flops table`. Only typer is imported here: `dlcm --help` must answer at once."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Plan, submit and watch sweeps.", no_args_is_help=True, rich_markup_mode=None)
 # `flops` stands below `sweeps` and cannot read a sweep file; the verb joins its group from here.
 flops_app = typer.Typer(rich_markup_mode=None)
+# `dlcm` knows nothing of sweeps, so the verb that evaluates one run or all of a sweep joins its verbs from here.
+model_app = typer.Typer(rich_markup_mode=None)
 
 SweepFile = Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="the sweep file")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
@@ -221,3 +223,67 @@ def collect_verb(sweep: SweepName, runs_dir: RunsDir = _RUNS, as_json: AsJson = 
     from sweeps.store import find_sweep
 
     collect_and_show(find_sweep(sweep, runs_dir), as_json=as_json)
+
+
+@app.command("schema")
+def schema_verb(
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="write to this file instead of printing")
+    ] = None,
+) -> None:
+    """Print the JSON schema of the sweep file, with which editors complete and check it."""
+    from sweeps.schema import format_schema
+
+    if out is None:
+        print(format_schema(), end="")
+        return
+    from dlcm.errors import UserError
+    from dlcm.record import write_atomic
+
+    try:
+        write_atomic(out, format_schema())
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
+    print(f"{out}; put this line at the top of a sweep file beside it:\n# yaml-language-server: $schema={out.name}")
+
+
+@model_app.command("eval")
+def eval_verb(
+    run_dir: Annotated[Path | None, typer.Argument(metavar="RUN_DIR", help="directory of one run")] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option("--sweep", metavar="SWEEP", help="all finished runs of a sweep: its directory, or its name"),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task", "-t", help="`corpus`, FILE.jsonl, `paper` or lm-eval:NAME; with @K after K examples; repeatable"
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="items of each task, at most")] = None,
+    force: Annotated[bool, typer.Option("--force", help="measure again what was measured before")] = False,
+    cluster: MaybeCluster = None,
+    runs_dir: RunsDir = _RUNS,
+    concurrency: Concurrency = None,
+    threads: Threads = None,
+    runs_per_task: RunsPerTask = None,
+    settings: Settings = None,
+    detach: Detach = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the accuracy of a trained run, or of all runs of a sweep, with lm-evaluation-harness."""
+    from sweeps.evaluations import check_evaluation, evaluate_and_show, evaluate_run_and_show
+
+    of_a_sweep = {"cluster": cluster, "concurrency": concurrency, "threads": threads, "runs-per-task": runs_per_task}
+    check_evaluation(run_dir, sweep, {**of_a_sweep, "set": settings, "detach": detach})
+    tasks = task or ["corpus"]
+    if run_dir is not None:
+        evaluate_run_and_show(run_dir, tasks, limit=limit, force=force, as_json=as_json)
+        return
+    from sweeps.session import check_options
+    from sweeps.store import find_sweep
+
+    sweep_dir = find_sweep(str(sweep), runs_dir)
+    options = check_options(cluster, settings or (), concurrency, threads, runs_per_task, sweep_dir=sweep_dir)
+    how = {"limit": limit, "force": force, "detach": detach, "as_json": as_json}
+    raise typer.Exit(evaluate_and_show(sweep_dir, tasks, options, **how))

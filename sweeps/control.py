@@ -132,7 +132,16 @@ def set_aside(run: StoredRun) -> Path:
         target = place / f"{number:03d}"
         target.mkdir(parents=True)
         # The result goes first: without it the run counts as unfinished, whatever happens next.
-        for name in ("result.json", "failure.json", "metrics.jsonl", "checkpoints", "status.json", "env.json", "eval"):
+        measured = ("eval", "inside.json")
+        for name in (
+            "result.json",
+            "failure.json",
+            "metrics.jsonl",
+            "checkpoints",
+            "status.json",
+            "env.json",
+            *measured,
+        ):
             if (run.path / name).exists():
                 (run.path / name).rename(target / name)
     return target

@@ -76,7 +76,7 @@ def launch(
     check_submit(concurrency, threads, runs_per_task)
     resolve_target(cluster, plan.sweep.cluster, settings)  # a fault is told before anything is written
     check_sweep_dir(sweep_dir)  # before the lock puts a file into it
-    with _submit_lock(sweep_dir):
+    with submit_lock(sweep_dir):
         saved = save_sweep(plan, sweep_dir)
     return resubmit(
         sweep_dir,
@@ -103,14 +103,15 @@ def resubmit(
     on_run: Callable[[StoredRun], None] | None = None,
     on_step: Callable[["Progress"], None] | None = None,
     saved: Saved | None = None,
+    hours: Mapping[str, float] | None = None,
 ) -> Submission:
     """Submit workers for the unfinished runs of a stored sweep, or for those of `run_ids` alone.
 
-    The other arguments and the errors are those of `launch`.
+    `hours` are estimates in place of the plan's, for runs by id. The other arguments and the errors are those of `launch`.
     """
     check_submit(concurrency, threads, runs_per_task)
     sweep_dir = sweep_dir.resolve()
-    with _submit_lock(sweep_dir):
+    with submit_lock(sweep_dir):
         sweep = load_sweep(sweep_dir)
         check_trackers(sweep.spec.track)
         is_slurm = resolve_target(cluster, sweep.spec.cluster).scheduler == "slurm"
@@ -124,7 +125,7 @@ def resubmit(
         number = _next_submission(sweep, read_jobs(sweep_dir))
         for state in todo:
             (sweep_dir / state.run_id / "cancelled.json").unlink(missing_ok=True)
-        submitting = Submitting(sweep, target, number, tuple(state.run_id for state in todo), merged)
+        submitting = Submitting(sweep, target, number, tuple(state.run_id for state in todo), merged, hours or {})
         job_ids: list[str] = []
         if todo and target.scheduler == "debug":
             job_ids = [str(os.getpid())]
@@ -170,7 +171,12 @@ def is_to_train(state: RunState) -> bool:
 
 
 @contextlib.contextmanager
-def _submit_lock(sweep_dir: Path) -> Iterator[None]:
+def submit_lock(sweep_dir: Path) -> Iterator[None]:
+    """Hold a sweep's directory against other submits.
+
+    Raises:
+        UserError: another one is at work.
+    """
     try:
         with lease(sweep_dir, ".submit"):
             yield

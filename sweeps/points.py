@@ -7,12 +7,12 @@ counted and written as JSON once, and the runs refer to it.
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
 
 from dlcm.config import NOT_IN_TRUNK, DataConfig, Frozen, ModelConfig, OptimConfig, RunConfig, canonical_json
 from dlcm.errors import UserError, nearest, parse
 from flops import FlopCount, ParamCount, count, parameters
-from sweeps.axes import ALIASES, DESIGN, label, overlay, parse_count, unflatten
+from sweeps.axes import ALIASES, DESIGN, Parametrization, label, overlay, parse_count, unflatten
 from sweeps.shapes import SHAPE_FIELDS, Parts, dense_shape, dlcm_shape
 from sweeps.smooth_cost import size_at_cost
 
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 # muP: widths at which the learning rates of a sweep hold, unless base.model names others. One base for all its shapes.
 D_TOKEN_BASE = 64
 D_CONCEPT_BASE = 64
-# `mup`: learning rates, initial weights and logits scale with the widths (eqs 18-21); `standard`: one rate for all widths.
-PARAMETRIZATIONS = ("mup", "standard")
+PARAMETRIZATIONS = get_args(Parametrization)
 
 _RATIO, _DETECTOR = ALIASES["compression_ratio"], ALIASES["boundary"]
 # What only a DLCM has, so that a dense baseline drops it.

@@ -46,9 +46,9 @@ def group_runs(runs: Sequence[StoredRun], config: ClusterConfig) -> list[Group]:
     size = config.runs_per_task
     # Runs that share a trunk stay together: who trains the trunk trains what branches from it.
     together: dict[str, list[StoredRun]] = {}
-    for run in sorted(runs, key=lambda run: (-_hours(run), -run.flops_planned)):
+    for run in sorted(runs, key=lambda run: (-run.hours, -run.flops_planned)):
         together.setdefault(run.family or run.run_id, []).append(run)
-    units = sorted(together.values(), key=lambda unit: -sum(_hours(run) for run in unit))
+    units = sorted(together.values(), key=lambda unit: -sum(run.hours for run in unit))
     tasks = [[run for unit in units[i : i + size] for run in unit] for i in range(0, len(units), size)]
     by_limit: dict[int, list[Sequence[StoredRun]]] = {}
     for task in tasks:
@@ -64,16 +64,11 @@ def group_runs(runs: Sequence[StoredRun], config: ClusterConfig) -> list[Group]:
     ]
 
 
-def _hours(run: StoredRun) -> float:
-    found = run.row.get("hours_estimated")
-    return math.nan if found is None else float(found)
-
-
 def _minutes(task: Sequence[StoredRun], config: ClusterConfig) -> int:
     """Time limit of a task; a run that needs longer goes on after a requeue."""
     if config.time is not None:
         return config.time_minutes * len({run.family or run.run_id for run in task})
-    hours = sum(_hours(run) for run in task)
+    hours = sum(run.hours for run in task)
     wanted = UNKNOWN_MINUTES * len(task) if math.isnan(hours) else 60 * hours * TIME_MARGIN + START_MINUTES
     limit = config.max_minutes or _LADDER[-1]
     return min(next((step for step in _LADDER if step >= wanted), _LADDER[-1]), limit)

@@ -155,18 +155,19 @@ def _submit_and_show(
         if options.cluster == "debug":
             print(f"\nstopped; submit again to resume, status: dlcm sweep status {sweep_dir}", file=sys.stderr)
         else:
-            print(f"\nthe workers go on; {_ways(sweep_dir)}", file=sys.stderr)
+            print(f"\nthe workers go on; {watch_ways(sweep_dir)}", file=sys.stderr)
         return 130
     if as_json:
         told = {"submission": submission.number, "job_ids": submission.job_ids, "trained": submission.to_train}
         print(json.dumps(told | snapshot.to_json(), indent=2))
     if not snapshot.is_over:
-        print(f"submitted; {_ways(sweep_dir)}", file=out)
+        print(f"submitted; {watch_ways(sweep_dir)}", file=out)
         return 0 if options.cluster == "slurm" or not wait else 1
     return _conclude(snapshot, submission, out)
 
 
-def _ways(sweep_dir: Path) -> str:
+def watch_ways(sweep_dir: Path) -> str:
+    """The commands that watch and cancel what was submitted."""
     return f"watch: dlcm sweep status {sweep_dir} --watch   cancel: dlcm sweep cancel {sweep_dir}"
 
 
@@ -176,11 +177,11 @@ def _announce(submission: "Submission", out: Any) -> None:
         n = len(saved.removed)
         print(f"no longer in the sweep file, kept but not trained: {n} ({_some(saved.removed)})", file=out)
     told = _told_skipped(submission.skipped)
-    print(f"{submission.sweep_dir}: {_n(len(submission.to_train), 'run')} to train{told}", file=out)
+    print(f"{submission.sweep_dir}: {count_of(len(submission.to_train), 'run')} to train{told}", file=out)
     if submission.job_ids and submission.cluster != "debug":
         n = len(submission.job_ids)
         print(
-            f"submission {submission.number}: {_n(n, submission.cluster + ' job')} ({_some(submission.job_ids)})",
+            f"submission {submission.number}: {count_of(n, submission.cluster + ' job')} ({_some(submission.job_ids)})",
             file=out,
         )
     out.flush()
@@ -191,7 +192,8 @@ def _told_skipped(states: Sequence[RunState]) -> str:
     return "".join(f", {counts[status]} {status} (skipped)" for status in STATUSES if counts[status])
 
 
-def _n(count: int, noun: str) -> str:
+def count_of(count: int, noun: str) -> str:
+    """`1 run`, `2 runs`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
@@ -218,7 +220,7 @@ def _conclude(snapshot: Snapshot, submission: "Submission", out: Any) -> int:
             print(f"worker {job_id}: {fault}", file=sys.stderr)
         if len(faults) > _MAX_FAULTS:
             print(f"... and {len(faults) - _MAX_FAULTS} more workers; their logs: dlcm sweep logs", file=sys.stderr)
-    print(f"not complete: {_n(len(incomplete), 'run')}; submit again to go on", file=sys.stderr)
+    print(f"not complete: {count_of(len(incomplete), 'run')}; submit again to go on", file=sys.stderr)
     return 1
 
 
@@ -324,15 +326,17 @@ def show_cancelled(cancelled: Cancelled, *, as_json: bool) -> None:
     if not cancelled.run_ids:
         print("nothing to cancel: every run is complete")
         return
-    jobs = f"; ended {_n(len(cancelled.job_ids), 'job')} ({_some(cancelled.job_ids)})" if cancelled.job_ids else ""
-    print(f"cancelled {_n(len(cancelled.run_ids), 'run')} ({_some(cancelled.run_ids)}){jobs}")
+    jobs = (
+        f"; ended {count_of(len(cancelled.job_ids), 'job')} ({_some(cancelled.job_ids)})" if cancelled.job_ids else ""
+    )
+    print(f"cancelled {count_of(len(cancelled.run_ids), 'run')} ({_some(cancelled.run_ids)}){jobs}")
     if cancelled.still_running:
         print(f"still in a step, stopping after it: {_some(cancelled.still_running)}")
 
 
 def collect_and_show(sweep_dir: Path, *, as_json: bool) -> None:
     """Write results.parquet and say what is in it."""
-    from sweeps.collect import collect
+    from sweeps.collect import collect, told_accuracies
     from sweeps.epochs import describe_repeats
 
     frame = collect(sweep_dir)
@@ -351,7 +355,9 @@ def collect_and_show(sweep_dir: Path, *, as_json: bool) -> None:
         )
         return
     told = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
-    print(f"{path}: {_n(len(frame), 'run')} ({told}), {len(frame.columns)} columns")
+    print(f"{path}: {count_of(len(frame), 'run')} ({told}), {len(frame.columns)} columns")
+    for line in told_accuracies(frame):
+        print(line)
     if len(frame) > counts["finished"]:
         print("runs without a result are rows with nulls; see `dlcm sweep status`")
     if repeats:

@@ -63,15 +63,63 @@ def cost_function(
 
     def cost(N: Any, D: Any, R: Any, P: Any) -> Any:
         N, D, R, P = np.broadcast_arrays(*(np.asarray(x, dtype=float) for x in (N, D, R, P)))
-        is_dense = P <= 0
-        dlcm = _dlcm_forward(
-            N, np.where(is_dense, 1.0, R), np.where(is_dense, 0.5, P), vocab_size, seq_len, rule, parts
-        )
-        forward = np.where(is_dense, _dense_forward(N, vocab_size, seq_len, rule, parts), dlcm)
+        forward = _forward(N, R, P, vocab_size, (seq_len, seq_len), rule, parts)
         total = ops.TRAINING_FACTOR * forward / seq_len * D
         return float(total) if total.ndim == 0 else total
 
     return cost
+
+
+def inference_function(
+    *,
+    vocab_size: int,
+    prompt: int,
+    new: int = 0,
+    score: bool = False,
+    rule: ShapeRule = DEFAULT_RULE,
+    parts: Parts = DEFAULT_PARTS,
+) -> CostFunction:
+    """The FLOPs of serving one token as a smooth function of N, R and P, averaged over a request.
+
+    A request reads a prompt and writes new tokens, with caches: `flops.inference.prefill(n)` and then `decode(n, m)`, which
+    together are the forward pass of n + m tokens with 1 + m logits (m where there is no prompt).
+
+    Args:
+        vocab_size: V.
+        prompt: n, tokens of the prompt.
+        new: m, tokens that are written.
+        score: logits for every token, as in the forward pass of evaluation and training.
+        rule: the sweep's proportions.
+        parts: the sweep's other model choices.
+
+    Returns:
+        `cost(N, D, R, P)` as of `cost_function`, independent of D: FLOPs a token, prompt and new tokens alike.
+
+    Raises:
+        UserError: a request without tokens.
+    """
+    length = prompt + new
+    if min(prompt, new) < 0 or length < 1:
+        raise UserError(f"a request of {prompt} prompt and {new} new tokens; give at least one token")
+    n_logits = length if score else new + (prompt > 0)
+
+    def cost(N: Any, D: Any, R: Any, P: Any) -> Any:
+        N, D, R, P = np.broadcast_arrays(*(np.asarray(x, dtype=float) for x in (N, D, R, P)))
+        total = _forward(N, R, P, vocab_size, (length, n_logits), rule, parts) / length
+        return float(total) if total.ndim == 0 else total
+
+    return cost
+
+
+def _forward(N: Any, R: Any, P: Any, vocab_size: int, work: tuple[int, int], rule: ShapeRule, parts: Parts) -> Any:
+    """Forward FLOPs of one sequence of `work[0]` tokens, `work[1]` of them with logits; P = 0 is the dense model."""
+    is_dense = P <= 0
+    if np.all(is_dense):
+        return _dense_forward(N, vocab_size, work, rule, parts)
+    if not np.any(is_dense):
+        return _dlcm_forward(N, R, P, vocab_size, work, rule, parts)
+    dlcm = _dlcm_forward(N, np.where(is_dense, 1.0, R), np.where(is_dense, 0.5, P), vocab_size, work, rule, parts)
+    return np.where(is_dense, _dense_forward(N, vocab_size, work, rule, parts), dlcm)
 
 
 def _real_head(size: Any, rule: ShapeRule, parts: Parts) -> Any:
@@ -79,16 +127,19 @@ def _real_head(size: Any, rule: ShapeRule, parts: Parts) -> Any:
     return parts.d_head or rule.d_head or np.where(np.sqrt(size / (12 * real_depth(size, rule))) < 192, 16, 32)
 
 
-def _dense_forward(N: Any, vocab_size: int, seq_len: int, rule: ShapeRule, parts: Parts) -> Any:
+def _dense_forward(N: Any, vocab_size: int, work: tuple[int, int], rule: ShapeRule, parts: Parts) -> Any:
     """Forward FLOPs of one sequence through the dense model with real-valued depth and width."""
+    seq_len, n_logits = work
     depth, a = real_depth(N, rule), _real_head(N, rule, parts)
     d = root(*layer_quadratic(depth, rule, a, N, tail=1.0))
     layer = ops.layer(seq_len, ops.causal_pairs(seq_len), d, d / a, d / a / rule.heads_per_kv, a, rule.ff_ratio * d)
-    return depth * layer + ops.logits(seq_len, d, vocab_size)
+    # so few parameters that the norms alone have more: there is no width, and no model
+    return np.where(d > 0, depth * layer + ops.logits(n_logits, d, vocab_size), np.inf)
 
 
-def _dlcm_forward(N: Any, R: Any, P: Any, vocab_size: int, seq_len: int, rule: ShapeRule, parts: Parts) -> Any:
+def _dlcm_forward(N: Any, R: Any, P: Any, vocab_size: int, work: tuple[int, int], rule: ShapeRule, parts: Parts) -> Any:
     """Forward FLOPs of one sequence through the DLCM with real-valued depth, split and widths."""
+    seq_len, n_logits = work
     depth, a = real_depth(N, rule), _real_head(N, rule, parts)
     if rule.layers:
         n_backbone, n_decoder = float(rule.layers[1]), float(rule.layers[2])
@@ -107,7 +158,7 @@ def _dlcm_forward(N: Any, R: Any, P: Any, vocab_size: int, seq_len: int, rule: S
     cross = cross + ops.attention_scores(ops.cross_pairs(seq_len, n_concepts), d / a, a)
     between = ops.boundary(seq_len, d, parts.scan_width) + ops.pooling(n_concepts, d, D)
     between = between + (ops.smoothing(n_concepts, D) if parts.smoothed else 0.0)
-    logits = ops.logits(seq_len, d, vocab_size)
+    logits = ops.logits(n_logits, d, vocab_size)
     total = n_token * token_layer + n_backbone * concept_layer + n_cross * cross + between + logits
     return np.where((d >= _LEAST_WIDTH) & (D >= _LEAST_WIDTH), total, np.inf)
 
@@ -130,12 +181,17 @@ def size_at_cost(
         UserError: no dense model is that cheap, or every shape near it is more than 5% off.
     """
     cost = cost_function(vocab_size=vocab_size, seq_len=seq_len, rule=rule, parts=Parts(d_head=d_head))
+
+    def is_below(size: float) -> bool:
+        spent = cost(size, 1.0, 1.0, 0.0)
+        return spent < training_per_token or math.isinf(spent)  # infinite: too few parameters for any width
+
     low, high = 1e2, 1e14
-    if not cost(low, 1.0, 1.0, 0.0) < training_per_token < cost(high, 1.0, 1.0, 0.0):
+    if not is_below(low) or is_below(high):
         raise UserError(f"no dense model costs {training_per_token:g} training FLOPs per token")
     for _ in range(80):  # bisection in log N: the cost rises with N; 80 halvings are below the resolution of a float
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if cost(middle, 1.0, 1.0, 0.0) < training_per_token else (low, middle)
+        low, high = (middle, high) if is_below(middle) else (low, middle)
     best: tuple[float, float] | None = None
     for step in sorted(_SCAN.tolist(), key=abs):
         size = float(f"{low * math.exp(step):.6g}")

@@ -25,22 +25,21 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from dlcm.config import Frozen
 from dlcm.errors import UserError, parse
 from dlcm.tracking import TrackerName
-from sweeps.axes import COUNTS, DESIGN, MIXTURE, check_paths, flatten, parse_count
+from sweeps.axes import COUNTS, DESIGN, MIXTURE, Count, check_paths, flatten, parse_count
 from sweeps.cluster_config import ClusterConfig as ClusterConfig
 from sweeps.rules import BatchRule, Minimum, WarmupRule
 from sweeps.shapes import ShapeRule
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
-Count = Annotated[float, BeforeValidator(parse_count), Field(gt=0)]
 Values = tuple[Any, ...]
 
 
@@ -130,10 +129,10 @@ class Sweep(Frozen):
     as the config fields that they stand for. Paths of files are absolute.
     """
 
-    name: str = Field(description="name of the folder under runs/")
+    name: str = Field(description="name of the folder under runs/", json_schema_extra={"pattern": f"^{_NAME.pattern}$"})
     base: dict[str, Any] = Field(default={}, description="overrides of the run config that hold for every run")
     shape: ShapeRule = Field(default=ShapeRule(), description="how a size becomes an architecture")
-    axes: Axes = Axes()
+    axes: Axes = Field(default=Axes(), description="what varies from run to run")
     budgets: Budgets | None = Field(default=None, description="lengths of the runs; train.tokens where absent")
     batch: BatchRule = Field(default=BatchRule(), description="tokens of a step; train.batch_tokens by default")
     warmup: WarmupRule = Field(default=WarmupRule(), description="tokens of the warm-up; what optim says by default")
@@ -142,11 +141,14 @@ class Sweep(Frozen):
     )
     minimum: Minimum = Field(default=Minimum(), description="steps and tokens per parameter that a run must have")
     baseline: Baseline | None = Field(default=None, description="dense models to compare with")
-    evaluate: tuple[str, ...] = Field(default=(), description="tasks for every finished run: a name, or a .jsonl file")
+    evaluate: tuple[str, ...] = Field(
+        default=(),
+        description="tasks for every finished run: corpus, a .jsonl file, lm-eval:NAME, paper; with @K after K examples",
+    )
     track: tuple[TrackerName, ...] = Field(
         default=(), description="`tensorboard`, `wandb`: where the metrics of all runs are shown too"
     )
-    cluster: ClusterConfig = ClusterConfig()
+    cluster: ClusterConfig = Field(default=ClusterConfig(), description="where and how the runs run")
 
     _source: Path | None = PrivateAttr(None)
 
@@ -265,14 +267,17 @@ def _tasks(tasks: tuple[str, ...], folder: Path, where: str) -> tuple[str, ...]:
     """The evaluation tasks with the paths of files absolute; an unknown name is refused with the nearest."""
     if not tasks:
         return ()
-    from dlcm.corpus import JSONL_SUFFIXES
-    from dlcm.tasks import check_tasks
+    from dataclasses import replace
 
-    found = tuple(_find(task, folder, where) if task.endswith(JSONL_SUFFIXES) else task for task in tasks)
+    from dlcm.tasks import check_tasks, expand_tasks, parse_task
+
     try:
+        parsed = [parse_task(word) for word in expand_tasks(tasks)]
+        files = {task.target: _find(task.target, folder, where) for task in parsed if task.kind == "file"}
+        found = tuple(replace(task, target=files.get(task.target, task.target)).word for task in parsed)
         check_tasks(found)
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
     return found
 
 

@@ -95,7 +95,7 @@ def sweep_states(sweep: StoredSweep, jobs: Mapping[str, JobState] | None = None)
     """
     evidence = Evidence(job_states(sweep.path) if jobs is None else jobs, now_at(sweep.path))
     present = {entry.name for entry in os.scandir(sweep.path)} if sweep.path.is_dir() else set()
-    tasks = sweep.spec.evaluate
+    tasks = tuple(sweep.tasks)
     states = [
         run_state(run, tasks, evidence) if run.run_id in present else _untouched(run, evidence) for run in sweep.runs
     ]

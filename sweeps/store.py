@@ -1,24 +1,27 @@
 """The directory of a sweep: what is stored. What its files say about each run is in `sweeps.states`.
 
+```text
 runs/<sweep>/sweep.yaml      the sweep file, resolved
              plan.parquet    one row a run, its whole config included: later verbs need nothing else
+             evaluate.json   tasks that were asked for beside those of the sweep file
              jobs.jsonl      one line a submitted job
              jobs/<n>/       the scheduler's files of submission n
              <run_id>/       the run (written by `train`), and beside it, written by the worker that holds it:
                              status.json (heartbeat), failure.json, cancelled.json, eval/, logs/
+```
 """
 
 import functools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlcm.config import SCHEMA_VERSION, RunConfig
 from dlcm.errors import UserError, nearest, parse
-from dlcm.record import read_json, write_atomic
+from dlcm.record import read_json, write_atomic, write_json
 from dlcm.yaml_io import load_yaml
 
 if TYPE_CHECKING:
@@ -78,6 +81,12 @@ class StoredRun:
         return float(self.row["flops_train_planned"])
 
     @property
+    def hours(self) -> float:
+        """Hours that its training is estimated to take; not a number where the device is not known."""
+        found = self.row.get("hours_estimated")
+        return math.nan if found is None else float(found)
+
+    @property
     def family(self) -> str | None:
         """Run id of the longest of the runs that share its trunk; None for a run alone (`sweeps.trunks`)."""
         return self.row.get("trunk_run")
@@ -100,6 +109,12 @@ class StoredSweep:
     path: Path
     spec: "Sweep"
     runs: tuple[StoredRun, ...]
+    asked: Mapping[str, int | None] = field(default_factory=dict)  # of evaluate.json
+
+    @property
+    def tasks(self) -> Mapping[str, int | None]:
+        """What every finished run is evaluated on -> items of it, at most: tasks of the sweep file, and those asked for since."""
+        return {**dict.fromkeys(self.spec.evaluate), **self.asked}
 
     @property
     def name(self) -> str:
@@ -198,7 +213,22 @@ def load_sweep(sweep_dir: Path) -> StoredSweep:
     for values in zip(*columns.values()):
         row = dict(zip(columns, values))
         runs.append(StoredRun(row["run_id"], sweep_dir / row["run_id"], row, bool(row["in_plan"])))
-    return StoredSweep(sweep_dir, spec, tuple(runs))
+    return StoredSweep(sweep_dir, spec, tuple(runs), _read_asked(sweep_dir))
+
+
+def save_asked(sweep_dir: Path, tasks: Mapping[str, int | None]) -> None:
+    """Write which tasks every finished run is evaluated on beside those of the sweep file; an empty mapping takes them back."""
+    write_json(sweep_dir / "evaluate.json", {"schema": SCHEMA_VERSION, "tasks": dict(tasks)})
+
+
+def _read_asked(sweep_dir: Path) -> dict[str, int | None]:
+    path = sweep_dir / "evaluate.json"
+    if not path.exists():
+        return {}
+    tasks = read_json(path).get("tasks")
+    if not isinstance(tasks, dict) or not all(limit is None or type(limit) is int for limit in tasks.values()):
+        raise UserError(f"{path}: no tasks with their numbers of items; delete it and evaluate the sweep again")
+    return tasks
 
 
 def find_sweep(name: str, runs_dir: Path) -> Path:

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from sweeps.jobs import (
     read_jobs,
 )
 from sweeps.resources import Group, group_runs
-from sweeps.store import StoredSweep
+from sweeps.store import StoredRun, StoredSweep
 from sweeps.supervisor import supervise
 from sweeps.worker import THREAD_VARIABLES, thread_environment
 
@@ -122,6 +122,7 @@ class Submitting:
     number: int
     todo: tuple[str, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    hours: Mapping[str, float] = field(default_factory=dict)  # estimates in place of the plan's
 
     def record(self, job_ids: Sequence[str]) -> None:
         """Add jobs to jobs.jsonl."""
@@ -175,7 +176,8 @@ class Submitting:
         """Job arrays: one, or more where runs need different times or the cluster's arrays are short."""
         config, folder = self.target.config, jobs_folder(self.sweep.path, self.number)
         wanted = set(self.todo)
-        groups = group_runs([run for run in self.sweep.runs if run.run_id in wanted], config)
+        runs = [run for run in self.sweep.runs if run.run_id in wanted]
+        groups = group_runs([self._estimated(run) for run in runs], config)
         limit = max_array_size()
         n_arrays = sum(math.ceil(group.n_tasks / limit) for group in groups)
         parallel = max(1, config.array_parallelism // n_arrays)  # the cap holds for each array apart
@@ -195,6 +197,12 @@ class Submitting:
                 self.record(ids)
                 job_ids += ids
         return job_ids
+
+    def _estimated(self, run: StoredRun) -> StoredRun:
+        """The run with its own estimate; it is then only evaluated, and does not go with the others of its trunk."""
+        if run.run_id not in self.hours:
+            return run
+        return replace(run, row={**run.row, "hours_estimated": self.hours[run.run_id], "trunk_run": None})
 
     def _worker(self, group: Path, max_runs: int | None, grace_s: float) -> Worker:
         config = self.target.config

@@ -28,7 +28,7 @@ from dlcm.errors import UserError
 from dlcm.record import RunBusyError, write_json
 from sweeps.heartbeat import MAX_DEATHS, REFUSED, STOPPED, lower_memory, record_death
 from sweeps.lease import lease
-from sweeps.store import CLAIM, StoredRun, load_sweep
+from sweeps.store import CLAIM, StoredRun, load_sweep, read_record
 
 _POLL_S = 0.2
 # Starts of a worker that died before it took a run: beyond, the fault is not a run's.
@@ -171,7 +171,9 @@ def _bury(payload: dict[str, Any], slot: _Slot) -> None:
 
 
 def _give_up(run: StoredRun, submission: int, message: str) -> None:
-    facts = {"schema": SCHEMA_VERSION, "run_id": run.run_id, "stage": "train", "exception": "Death", "message": message}
+    phase = (read_record(run.path / "status.json") or {}).get("phase")
+    stage = "evaluate" if phase == "evaluate" else "train"
+    facts = {"schema": SCHEMA_VERSION, "run_id": run.run_id, "stage": stage, "exception": "Death", "message": message}
     write_json(
         run.path / "failure.json",
         facts | {"traceback": message, "submission": submission, "time": time.time(), "pid": os.getpid()},

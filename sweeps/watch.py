@@ -181,6 +181,8 @@ def _show_plain(shots: Iterator[Snapshot], stream: TextIO) -> Snapshot:
     snapshot = None
     for snapshot in shots:
         changed = [state for state in snapshot.states if before.get(state.run_id, "queued") != state.status]
+        if not before:  # what was done long ago is no news
+            changed = [state for state in changed if not state.is_complete] if len(changed) > _MAX_ROWS else changed
         before = {state.run_id: state.status for state in snapshot.states}
         for state in changed:
             if state.status != "planned":
@@ -196,6 +198,10 @@ def _tell(state: RunState) -> str:
     loss = f", loss {state.loss_nats:.4f} nats" if state.status == "finished" and state.loss_nats is not None else ""
     note = f"; {state.note}" if state.note else ""
     resumed = f" from step {state.step}" if state.status == "running" and state.step else ""
+    if state.status == "running" and state.step >= state.n_steps:
+        resumed = " (evaluate)"
+    if state.missing_evaluations and state.status == "finished":
+        note += f"; evaluations left: {len(state.missing_evaluations)}"
     return f"{state.status}{resumed}{loss}{f' ({state.reason})' if state.reason else ''}{note}"
 
 

@@ -231,13 +231,15 @@ class _Task:
             raise error
 
     def _evaluate(self) -> None:
-        missing = run_state(self.run, self.sweep.spec.evaluate).missing_evaluations
-        if missing:
+        limits = self.sweep.tasks
+        missing = run_state(self.run, tuple(limits)).missing_evaluations
+        for limit in sorted({limits[task] for task in missing}, key=lambda n: n or 0):
             from dlcm.evaluate import evaluate
 
             self.beat.update(phase="evaluate")
             # One call for all tasks loads the model once.
-            evaluate(self.run.path, missing, progress=lambda *_: self._may_go_on())
+            tasks = [task for task in missing if limits[task] == limit]
+            evaluate(self.run.path, tasks, limit=limit, progress=lambda *_: self._may_go_on())
 
 
 def _last_line(error: BaseException) -> str:

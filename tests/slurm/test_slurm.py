@@ -17,8 +17,10 @@ from dlcm.errors import UserError
 from dlcm.record import read_json, read_metrics
 from sweeps import Sweep, plan
 from sweeps.control import cancel
+from sweeps.evaluations import evaluate_and_show
 from sweeps.jobs import job_states, max_array_size, read_jobs
 from sweeps.launch import launch
+from sweeps.session import Options
 from sweeps.store import load_sweep
 from sweeps.submit import worker_faults
 from sweeps.watch import take_snapshot, watch
@@ -120,6 +122,28 @@ def test_the_command_line_submits_waits_and_reports(tmp_path, capsys, monkeypatc
     assert code.value.code == 0, capsys.readouterr()
     assert len(read_jobs(Path("runs/tiny"))) == 1
     assert "all 2 runs complete" in capsys.readouterr().out
+
+
+def test_all_runs_are_evaluated_on_the_cluster_and_one_that_is_out_of_time_goes_on(
+    tmp_path, cluster, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "s"
+    plan = make_plan(tmp_path, seeds=(0, 1), cluster=CLUSTER)
+    launch(plan, folder, "debug", threads=1)
+    rows = [{"query": f"alpha {i} was", "choices": ["so", "in it"], "gold": i % 2} for i in range(3000)]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    how = {"limit": None, "force": False, "as_json": False}
+    options = Options("slurm", {}, concurrency=2)
+    assert evaluate_and_show(folder, ["many.jsonl"], options, detach=None, **how) == 0
+    assert "submission 2: 2 slurm jobs" in capsys.readouterr().out
+    jobs = [job for job in read_jobs(folder) if job.cluster == "slurm"]
+    until(lambda: "evaluate" in [state.phase for state in take_snapshot(folder).states], "an evaluation")
+    cluster.client(["scancel", "--signal=USR2", jobs[0].job_id])
+    assert show(folder).overview.n_complete == 2, (take_snapshot(folder).states, worker_faults(folder, 2))
+    assert {len(read_json(path)["correct"]) for path in folder.glob("*/eval/many.json")} == {3000}
+    assert evaluate_and_show(folder, ["many.jsonl"], options, detach=False, **how) == 0
+    assert "0 runs to evaluate, 2 done before (skipped)" in capsys.readouterr().out
 
 
 def test_the_limit_of_an_array_is_the_clusters():

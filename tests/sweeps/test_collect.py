@@ -81,13 +81,23 @@ def test_each_evaluated_task_has_its_columns_beside_the_schema(folder):
     first, second, _ = load_sweep(folder).runs
     finish(first)
     finish(second)
-    scores = {"acc": 0.5, "acc_stderr": 0.1, "acc_norm": 0.6, "bits_per_byte": 1.5, "bits_per_byte_stderr": 0.2}
+    scores = {
+        "acc": 0.5,
+        "acc_stderr": 0.1,
+        "acc_norm": 0.6,
+        "bits_per_byte": 1.5,
+        "bits_per_byte_stderr": 0.2,
+        "n": 500,
+        "constant": 0.276,
+        "chance": 0.25,
+    }
     write_json(first.path / "eval" / "openbook_qa.json", scores)
     write_json(second.path / "eval" / "corpus.json", {"acc": 0.25, "acc_stderr": 0.05})
     frame = collect(folder)
     expected = [pattern.replace("<task>", task) for task in ("corpus", "openbook_qa") for pattern in TASK_COLUMNS]
     assert list(frame.columns) == [*COLUMNS, *expected]
     assert frame.loc[0, "acc_norm_openbook_qa"] == 0.6
+    assert (frame.loc[0, "n_openbook_qa"], frame.loc[0, "chance_openbook_qa"]) == (500, 0.25)
     assert frame.loc[1, "acc_corpus"] == 0.25
     assert frame.loc[1, "acc_openbook_qa":].isna().all()
     assert set(map(str, frame[expected].dtypes)) == {"float64"}

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dlcm.errors import UserError
-from dlcm.record import read_json, read_metrics, run_lock
+from dlcm.record import read_json, read_metrics, run_lock, write_json
 from sweeps.collect import collect
-from sweeps.control import cancel, retryable
+from sweeps.control import cancel, retryable, set_aside
 from sweeps.jobs import append_jobs, job_states, kill_tree, read_jobs
 from sweeps.launch import launch, resubmit
 from sweeps.states import sweep_states
@@ -170,6 +170,18 @@ def test_two_submits_at_once_are_refused(tmp_path):
 def test_a_worker_goes_back_into_the_queue_as_it_is(tmp_path):
     worker = Worker(tmp_path, 3, 1, tmp_path)
     assert worker.checkpoint().function == worker
+
+
+def test_what_was_measured_of_a_run_is_set_aside_with_it(tmp_path):
+    save_sweep(make_plan(tmp_path), tmp_path / "s")
+    run = load_sweep(tmp_path / "s").runs[0]
+    finish(run)
+    for name in ("eval/corpus.json", "inside.json"):
+        write_json(run.path / name, {})
+    kept = set_aside(run)
+    assert {"result.json", "eval", "inside.json"} <= {path.name for path in kept.iterdir()}
+    assert not (run.path / "inside.json").exists()
+    assert not (run.path / "result.json").exists()
 
 
 def test_a_retry_takes_what_failed_was_lost_or_cancelled_and_refuses_the_rest(tmp_path, monkeypatch):

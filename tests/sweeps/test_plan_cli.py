@@ -27,7 +27,8 @@ def sweep_file(tmp_path) -> Path:
 def test_plan_prints_shape_size_ratio_tokens_and_cost_of_every_run(dlcm, sweep_file):
     status, out, err = dlcm("sweep", "plan", sweep_file)
     lines = out.splitlines()
-    assert (status, err) == (0, "")
+    # a machine that is slow shows its progress, and nothing else
+    assert (status, [line for line in err.splitlines() if not line.startswith("simulating")]) == (0, [])
     assert lines[0].split() == ["run", "shape", "N", "P", "R", "tokens", "FLOPs", "share"]
     assert "3 runs (2 dlcm, 1 dense)" in lines[1 + 3]
     # No processor is calibrated in the cache of the tests.

@@ -236,3 +236,4 @@ def test_no_model_means_infinite_cost():
     cost = cost_function(vocab_size=4096, seq_len=256)
     assert np.isinf(cost(1e5, 1.0, 4.0, 0.999))
     assert np.isinf(cost(1e5, 1.0, 4.0, 1e-4))
+    assert np.isinf(cost(np.array([10.0, 45.0]), 1.0, 1.0, 0.0)).all()

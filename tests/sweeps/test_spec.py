@@ -125,13 +125,14 @@ def test_a_relative_corpus_is_found_beside_the_sweep_then_in_the_working_directo
     (here / "cwd.txt").write_text("text")
     (beside / "tasks.jsonl").write_text("{}")
     monkeypatch.chdir(here)
-    text = "base: {{size: 0.5M, concept_share: 0.5, data: {{corpus: {}}}}}\nbudgets: {{tokens: [100k]}}\nevaluate: [tasks.jsonl, corpus]\n"
+    text = "base: {{size: 0.5M, concept_share: 0.5, data: {{corpus: {}}}}}\nbudgets: {{tokens: [100k]}}\nevaluate: [tasks.jsonl@2, corpus, paper]\n"
     file = beside / "x.yaml"
     for name, found in (("both.txt", beside), ("cwd.txt", here)):
         file.write_text(text.format(name))
         read = Sweep.from_yaml(file)
         assert read.base["data.corpus"] == str(found / name)
-        assert read.evaluate == (str(beside / "tasks.jsonl"), "corpus")
+        assert read.evaluate[:3] == (f"{beside / 'tasks.jsonl'}@2", "corpus", "lm-eval:commonsense_qa")
+        assert len(read.evaluate) == 14
         assert (read.name, read.source) == ("x", file)
     file.write_text(text.format("absent.txt"))
     with pytest.raises(UserError) as error:

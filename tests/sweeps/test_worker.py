@@ -266,7 +266,7 @@ def test_each_missing_evaluation_is_made_and_a_failing_one_keeps_the_result(tmp_
     FakeTrain().install(monkeypatch)
     made = []
 
-    def evaluate(run_dir: Path, tasks, progress):
+    def evaluate(run_dir: Path, tasks, limit, progress):
         if "-s1-" in run_dir.name:
             raise UserError("no such task")
         for task in tasks:
