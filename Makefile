@@ -1,6 +1,7 @@
 # make demo    a real sweep on this machine's CPU, from text to plots, table and optimum
 # make test    lint, types and every test
 # make check   lint, types and the fast tests
+# make docs    the documentation as a site in site/, which opens without a server or a network
 # make setup   the virtual environment in .venv/ that all of these use
 # Each does nothing where nothing has changed.
 
@@ -13,12 +14,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := .stamps
 SOURCES := $(shell find dlcm flops sweeps analysis -name '*.py' -o -name '*.yaml') pyproject.toml
-TESTS := $(shell find tests benchmarks notebooks docs -type f -not -path '*/__pycache__/*' 2>/dev/null) README.md
+TESTS := $(shell find tests benchmarks notebooks docs -type f -not -path '*/__pycache__/*' 2>/dev/null) README.md mkdocs.yml
 # One thread a worker: two tests beside each other gain more than one test on two threads.
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: setup demo test check lint fast clean
+.PHONY: setup demo test check lint fast docs clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMPS)/setup
@@ -64,8 +65,13 @@ fast: $(STAMPS)/setup
 	@echo "== fast tests"
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow and not cluster'
 
+docs: $(STAMPS)/setup
+	@echo "== site"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "== open site/index.html"
+
 clean-demo:
 	rm -rf runs/demo $(STAMPS)/demo
 
 clean:
-	rm -rf $(VENV) $(STAMPS) .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(STAMPS) site .pytest_cache .ruff_cache

@@ -226,6 +226,21 @@ AGAINST_PAPER = "FlexAttention's time over that of replication, at R = 4, here a
 
 
 # By the start of a result's name; rows as they are for all others.
+def coverage_table(payload: Payload) -> str:
+    """A row a design and noise, a column a quantity: share covered, and share given where that is not all of them."""
+    rows: dict[tuple[str, float], dict[str, str]] = {}
+    names = list(dict.fromkeys(row["of"] for row in payload["rows"]))
+    for row in payload["rows"]:
+        cell = f"{row['covered']:.3f}" + (f" ({row['given']:.2f})" if row["given"] < 1 else "")
+        rows.setdefault((row["design"], row["noise"]), {})[row["of"]] = cell
+    return format_table(
+        [
+            {"design": design, "noise": f"{noise:.1%}", **{name: cells.get(name, "") for name in names}}
+            for (design, noise), cells in rows.items()
+        ]
+    )
+
+
 TABLES: dict[str, Callable[[Payload], str]] = {
     "sweep_cost": sweep_cost_table,
     "data_": data_table,
@@ -236,6 +251,7 @@ TABLES: dict[str, Callable[[Payload], str]] = {
     "step_": step_table,
     "cross_attention_": cross_table,
     "design": design_table,
+    "coverage": coverage_table,
 }
 
 

@@ -54,17 +54,20 @@ def test_a_library_with_one_door_is_imported_there_alone(library):
     assert [relative(path) for path in FILES if library in imported_by(path)] == SOLE_IMPORTERS[library]
 
 
-def test_command_modules_import_only_typer_and_the_standard_library_at_the_top():
-    for path in ROOT.glob("*/commands.py"):
-        if path.parent.name not in PACKAGES:
-            continue
+def test_command_modules_import_only_typer_each_other_and_the_standard_library_at_the_top():
+    modules = [p for p in ROOT.glob("*/*.py") if p.name.endswith("commands.py") or p.name == "verbs.py"]
+    modules = [path for path in modules if path.parent.name in PACKAGES]
+    light = {f"{path.parent.name}.{path.stem}" for path in modules}
+    assert {"analysis.commands", "analysis.verbs", "sweeps.commands", "dlcm.commands"} <= light
+    for path in modules:
         top = {
-            name.split(".")[0]
+            name
             for node in ast.parse(path.read_text()).body
             if isinstance(node, ast.Import | ast.ImportFrom)
             for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
         }
-        assert top - set(sys.stdlib_module_names) <= {"typer", "click"}, path
+        heavy = {name for name in top - light if name.split(".")[0] not in sys.stdlib_module_names}
+        assert heavy <= {"typer", "click"}, path
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -1,6 +1,9 @@
 """The documentation is true: links lead somewhere, commands and options exist, the sweep file plans."""
 
+import os
 import re
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -20,14 +23,18 @@ def test_every_local_link_and_picture_exists(page):
     assert [t for t in targets if not (page.parent / t).exists()] == []
 
 
-def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith(".venv/bin/dlcm ")]
+def commands() -> list[tuple[str, str]]:
+    """Page and command of every line of a shell block that calls `dlcm`."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+            lines = [line.split("#")[0].strip().removeprefix(".venv/bin/") for line in block.splitlines()]
+            found += [(page.name, line) for line in lines if line.startswith("dlcm ")]
+    return found
 
 
-@pytest.mark.parametrize("command", commands())
-def test_every_command_of_the_readme_exists_with_its_options(dlcm, command):
+@pytest.mark.parametrize(("page", "command"), commands())
+def test_every_command_of_the_documentation_exists_with_its_options(dlcm, page, command):
     words = command.split()[1:]
     verb = words[:2] if words[0] in ("sweep", "flops", "analyze") else words[:1]
     status, out, _ = dlcm(*verb, "--help")
@@ -35,7 +42,7 @@ def test_every_command_of_the_readme_exists_with_its_options(dlcm, command):
     assert [w for w in words if w.startswith("--") and w not in out] == []
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "setup", "check"])
+@pytest.mark.parametrize("target", ["demo", "test", "setup", "check", "docs"])
 def test_every_make_target_of_the_documentation_exists(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
@@ -79,3 +86,41 @@ def resolved(name: str) -> object:
             found = getattr(found, part)
         return found
     return None
+
+
+GUIDE = ("docs/fitting.md", "docs/fitting_validate.md", "docs/optimum.md")
+"""Pages whose commands are run, one page after the other in one folder."""
+
+
+def guide_commands() -> list[str]:
+    text = "\n".join((ROOT / page).read_text() for page in GUIDE)
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line]
+
+
+@pytest.mark.slow
+def test_the_guide_to_fitting_runs_as_it_stands_and_finds_what_was_planted(tmp_path):
+    """Its commands one after the other in an empty folder, then its Python."""
+    page = (ROOT / "docs/fitting.md").read_text()
+    script = "\n".join(["set -e", *guide_commands()]).replace("python docs/", f"{sys.executable} {ROOT}/docs/")
+    python = [
+        block
+        for name in GUIDE
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)[:1]
+    ]
+    truth = "assert best['P'].low < 0.644 < best['P'].high\n"
+    (tmp_path / "guide.py").write_text("".join(text + truth for text in python))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    for command in (["bash", "-c", script], [sys.executable, "guide.py"]):
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "frontier.png").exists()
+    assert (tmp_path / "dense_frontier.csv").exists()
+    assert (tmp_path / "isoflop.png").exists()
+    # each line that the guide shows of the optimum is one that the tool still prints
+    shown = page[page.index("Least predicted loss at 3e+19") :].split("```")[0].splitlines()[0]
+    assert shown.split(" nats")[0][:60] in subprocess.run(
+        ["dlcm", *["analyze", "optimum", "dlcm.json", "--vocab-size", "32768", "--seq-len", "2048", "--budget", "3e19"]],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
