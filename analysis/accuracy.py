@@ -16,7 +16,7 @@ from scipy import stats
 from analysis.convention import N_TEXT
 from analysis.data import ResultsData, numeric_column, require_columns
 from analysis.derive import count_parameters
-from analysis.design import levels
+from analysis.design import find_levels
 from analysis.outcomes import Outcomes, difference_error
 from analysis.tables import AVERAGE, PERCENT_DIGITS, Format, format_table, macro_average
 from dlcm.errors import UserError, nearest
@@ -147,10 +147,10 @@ def _group(data: ResultsData, name: str) -> tuple[str, Any]:
     else:
         valid = ["N", *_SYMBOLS, *map(str, frame.columns)]
         raise UserError(f"--by {name}: {data.source} has no such column{nearest(name, valid)}")
-    positive = values[values > 0]
-    nominal = np.array(levels(positive.tolist())) if positive.size else np.empty(0)
-    snapped = [float(nominal[np.argmin(np.abs(np.log(nominal / v)))]) if v > 0 else float(v) for v in values]
-    return column, snapped
+    snapped = values.copy()
+    at, nominal = find_levels(values[values > 0])
+    snapped[values > 0] = np.array(nominal)[at] if nominal else []
+    return column, snapped.tolist()
 
 
 def _add_costs(table: pd.DataFrame, data: ResultsData, own: bool, context: int | None) -> None:

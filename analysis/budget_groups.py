@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from analysis.data import ResultsData
-from analysis.design import LEVEL_WIDTH, levels
+from analysis.design import find_levels
 from analysis.frames import numeric_column
 from dlcm.errors import UserError
 
@@ -187,6 +187,4 @@ def _levels(data: ResultsData, name: str) -> tuple[Array, list[float]]:
         at = np.empty(len(values), dtype=int)
         at[order] = np.cumsum(starts) - 1
         return at, [float(np.median(values[at == i])) for i in range(at.max() + 1)]
-    found = levels(values, LEVEL_WIDTH)
-    at = np.argmin(np.abs(np.log(values[:, None] / np.array(found))), axis=1)
-    return at, found
+    return find_levels(values)

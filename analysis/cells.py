@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.data import ResultsData
-from analysis.design import levels
+from analysis.design import LEVEL_WIDTH, SAME_BUDGET, find_levels
 from analysis.frames import read_table
 from dlcm.errors import UserError
 
@@ -133,12 +133,12 @@ def _axes(rows: ResultsData) -> dict[str, tuple[Array, list[str]]] | None:
     axes = {"N": _level(rows.N), "R": _level(np.asarray(target, dtype=float)), "P": _level(np.round(rows.P, 1) + 1e-9)}
     axes = {name: axis for name, axis in axes.items() if len(axis[1]) > 1 or name == "N"}
     by_tokens = ("D", _level(rows.D))
-    by_cost = ("C", _level(rows.C, 1.3)) if np.isfinite(rows.C).all() else by_tokens
+    by_cost = ("C", _level(rows.C, SAME_BUDGET)) if np.isfinite(rows.C).all() else by_tokens
     name, last = min((by_tokens, by_cost), key=lambda a: len(a[1][1]))
     axes[name] = last
     return None if any(len(values) > _LEVELS for _, values in axes.values()) else axes
 
 
-def _level(values: Array, width: float = 1.12) -> tuple[Array, list[str]]:
-    found = np.array(levels(values, width))
-    return np.argmin(np.abs(np.log(values[:, None] / found)), axis=1), [f"{v:.3g}" for v in found]
+def _level(values: Array, width: float = LEVEL_WIDTH) -> tuple[Array, list[str]]:
+    at, found = find_levels(values, width)
+    return at, [f"{v:.3g}" for v in found]

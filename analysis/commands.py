@@ -10,9 +10,22 @@ from analysis.data_commands import register as register_data
 from analysis.figure_commands import register as register_figures
 from analysis.judge_commands import register as register_judges
 from analysis.law_commands import BoundsOption, FamilyOption, LawName, TargetOption, chosen_law, laws_verb
-from analysis.optimum_commands import OwnCost, Vocabulary, Window
 from analysis.optimum_commands import register as register_optimum
-from analysis.verbs import ColumnsOption, DropOption, ExcludeOption, WhereOption, check_figure, load, progress, show
+from analysis.options import (
+    AsJson,
+    ColumnsOption,
+    DropOption,
+    ExcludeOption,
+    OwnCost,
+    Refits,
+    Results,
+    ResultsOrFit,
+    Seed,
+    Vocabulary,
+    WhereOption,
+    Window,
+)
+from analysis.verbs import check_figure, load, progress, show
 
 if TYPE_CHECKING:
     from analysis.data import ResultsData
@@ -39,11 +52,7 @@ class TableFormat(StrEnum):
     parquet = "parquet"
 
 
-Results = Annotated[Path, typer.Argument(metavar="RESULTS", help="results.parquet or .csv, or a sweep folder")]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 LossName = Annotated[str, typer.Option("--loss", help="log_huber, log_mse or mse")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="seeds starts and bootstrap")]
-Refits = Annotated[int, typer.Option("--bootstrap", min=0, help="refits for the 95% intervals; 0 for none")]
 Budget = Annotated[float | None, typer.Option("--budget", help="training FLOPs; the largest that was run by default")]
 
 
@@ -96,12 +105,7 @@ def fit_verb(
 
 @app.command("export")
 def export_verb(
-    results: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RESULTS", help="results.parquet or .csv, a sweep folder, or a fit (`fit --out FIT.json`)"
-        ),
-    ],
+    results: ResultsOrFit,
     fmt: Annotated[
         TableFormat | None,
         typer.Option("--format", "-f", help="csv, md, tex (booktabs) or parquet; md, or --out's suffix"),

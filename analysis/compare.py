@@ -6,10 +6,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.data import ResultsData, numeric_column
-from analysis.design import design_groups, levels
+from analysis.design import SAME_BUDGET, design_groups, find_levels
 
 RATIO_TOLERANCE = 0.05
-_MATCHED = 1.3
 """Training FLOPs within this ratio are one budget."""
 
 
@@ -90,10 +89,9 @@ def compare_at_matched_compute(data: ResultsData) -> list[Comparison]:
     """
     noise = seed_noise(data)
     found = []
-    starts = levels(data.C, _MATCHED)
-    for level in starts:
-        near = np.argmin(np.abs(np.log(data.C[:, None] / np.array(starts))), axis=1) == starts.index(level)
-        rows = data.take(near)
+    at, budgets = find_levels(data.C, SAME_BUDGET)
+    for k, level in enumerate(budgets):
+        rows = data.take(at == k)
         if not len(rows.dense) or not len(rows.dlcm) or rows.dense is rows.dlcm:
             continue
         dense, dlcm = _best(rows.dense), _best(rows.dlcm)

@@ -6,19 +6,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from analysis.optimum_commands import (
+from analysis.optimum_commands import parse_choice
+from analysis.options import (
+    AsJson,
     Choices,
+    ColumnsOption,
+    DropOption,
+    ExcludeOption,
     FitFiles,
     Force,
     Limit,
     NMeaning,
     OwnCost,
+    Results,
+    Seed,
     Vocabulary,
+    WhereOption,
     Window,
-    fit_families,
-    parse_choice,
 )
-from analysis.verbs import ColumnsOption, DropOption, ExcludeOption, WhereOption, load, progress, show
+from analysis.verbs import check_figure, load, progress, show
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,10 +34,6 @@ if TYPE_CHECKING:
     from analysis.downstream import DownstreamFit
     from analysis.result import FitResult
     from analysis.spend import Prices
-
-Results = Annotated[Path, typer.Argument(metavar="RESULTS", help="results.parquet or .csv, or a sweep folder")]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="seeds starts and bootstrap")]
 
 
 def register(app: typer.Typer) -> None:
@@ -68,6 +70,7 @@ def hygiene_verb(
     from analysis.sensitivity import drop_curve
     from analysis.tables import format_table
 
+    check_figure("--plot", plot)
     chosen, data = laws.get(law), load(results, columns, where, exclude, drop)
     with progress() as tell:
         tell(f"fitting {law}, {bootstrap} bootstrap refits")
@@ -154,10 +157,12 @@ def downstream_verb(
 ) -> None:
     """Accuracy on a task as a function of the loss, and accuracy at a budget, with an interval that holds both fits."""
     from analysis.downstream import fit_downstream
+    from analysis.families import fit_families
     from analysis.result import FitResult
     from analysis.spend import find_prices, fits_by_family
     from analysis.task_data import task_data
 
+    check_figure("--plot", plot)
     choices = [parse_choice(text) for text in at or []]
     data = load(results, columns, where, exclude, drop, n=n)
     rows = task_data(data, task, source.value)
@@ -170,7 +175,8 @@ def downstream_verb(
             # the law of the loss has all runs, that of the bits per byte those that were evaluated
             stage = data if source is SourceChoice.loss else rows
             saved = [FitResult.load(file) for file in fit or []]
-            fits = fits_by_family(saved or fit_families(stage, seed, bootstrap, tell))
+            new = {} if saved else fit_families(stage, tell, seed=seed, n_bootstrap=bootstrap)
+            fits = fits_by_family(saved or list(new.values()))
             priced = {"cost": cost, "vocab_size": vocab_size, "seq_len": seq_len}
             prices = find_prices(results, saved, **priced) if budget else None  # pyright: ignore[reportArgumentType]
             search = {"limit": limit, "force": force}

@@ -16,6 +16,8 @@ Array = np.ndarray
 
 LEVEL_WIDTH = 1.12
 """Values within this ratio are one level: the realised R of one target may scatter by 5% to either side."""
+SAME_BUDGET = 1.3
+"""Runs whose training FLOPs lie within this ratio spent one budget: shapes are whole numbers, and miss a budget a little."""
 MIN_DECADES_OF_N = 1.5
 RUNS_PER_CONSTANT_FOR_OFFSETS = 3
 """Offsets are the finest detail of a law; with fewer runs they fit noise and blur every other constant."""
@@ -27,15 +29,26 @@ def count_runs(n: int) -> str:
     return f"{n} run" if n == 1 else f"{n} runs"
 
 
+def find_levels(values: Iterable[float], width: float = LEVEL_WIDTH) -> tuple[Array, list[float]]:
+    """Level of each value, counted from the lowest, and the levels: values within a ratio of `width`, as their median."""
+    numbers = np.array([float(v) for v in values])
+    at = np.zeros(len(numbers), dtype=int)
+    n, low = -1, float("nan")
+    for i in np.argsort(numbers, kind="stable"):
+        if not numbers[i] <= low * width:
+            n, low = n + 1, numbers[i]
+        at[i] = n
+    return at, [float(np.median(numbers[at == k])) for k in range(n + 1)]
+
+
 def levels(values: Iterable[float], width: float = LEVEL_WIDTH) -> list[float]:
     """Distinct values, those within a ratio of `width` counted as one; each level is the median of its members."""
-    found: list[list[float]] = []
-    for value in sorted(float(v) for v in values):
-        if found and value <= found[-1][0] * width:
-            found[-1].append(value)
-        else:
-            found.append([value])
-    return [float(np.median(group)) for group in found]
+    return find_levels(values, width)[1]
+
+
+def largest_level(budgets: Iterable[float]) -> float:
+    """The largest budget among these training FLOPs."""
+    return levels(budgets, SAME_BUDGET)[-1]
 
 
 def spare_runs(n_free: int) -> int:

@@ -5,8 +5,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from analysis.optimum_commands import FitFiles, NMeaning, OwnCost, Vocabulary, Window
-from analysis.verbs import ColumnsOption, DropOption, ExcludeOption, WhereOption, load, progress, show
+from analysis.options import (
+    AsJson,
+    ColumnsOption,
+    DropOption,
+    ExcludeOption,
+    FitFiles,
+    NMeaning,
+    OwnCost,
+    Seed,
+    Vocabulary,
+    WhereOption,
+    Window,
+)
+from analysis.verbs import load, progress, show
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,7 +27,7 @@ if TYPE_CHECKING:
     from analysis.data import ResultsData
     from analysis.figure_context import FigureContext
 
-Results = Annotated[
+ResultsIfDrawn = Annotated[
     Path | None,
     typer.Argument(metavar="RESULTS", help="results.parquet or .csv, or a sweep folder", show_default=False),
 ]
@@ -39,7 +51,7 @@ def register(app: typer.Typer) -> None:
 
 
 def plot_verb(
-    results: Results = None,
+    results: ResultsIfDrawn = None,
     figure: Names = None,
     out: Out = Path("plots"),
     list_: Annotated[
@@ -61,7 +73,7 @@ def plot_verb(
     chance: Annotated[
         float | None, typer.Option("--chance", help="accuracy of guessing, where the results do not hold it")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="seeds starts and bootstrap")] = 0,
+    seed: Seed = 0,
     bootstrap: Annotated[
         int, typer.Option("--bootstrap", min=0, help="refits for intervals and bands; 0 for none")
     ] = 200,
@@ -69,7 +81,7 @@ def plot_verb(
     where: WhereOption = None,
     exclude: ExcludeOption = None,
     drop: DropOption = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of text")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Draw figures by name, each with the hash of the results and the commit in its metadata.
 

@@ -4,14 +4,15 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pandas as pd
 
 from analysis import laws
 from analysis.data import ResultsData
-from analysis.design import count_runs, levels
+from analysis.design import SAME_BUDGET, count_runs
+from analysis.families import Tell, fit_families, largest_budget
 from analysis.fit import fit
 from analysis.law import FAMILIES
 from analysis.result import FitResult
@@ -22,10 +23,7 @@ if TYPE_CHECKING:
     from analysis.frontier import Frontier
     from analysis.optimum import Optimum
 
-Tell = Callable[[str], None]
 Value = TypeVar("Value")
-FAMILY_LAWS = {"dense": laws.CHINCHILLA, "dlcm": laws.COMPRESSION_AWARE}
-SAME_BUDGET = 1.3
 _POINTS = 13
 
 
@@ -90,10 +88,9 @@ class FigureContext:
         Raises:
             UserError: no family has any.
         """
-        found = dict(self.saved)
-        for family in FAMILIES:
-            if family not in found and len(rows := self.data.of_family(family)):
-                found[family] = self._fit(FAMILY_LAWS[family], rows)
+        wanted = [family for family in FAMILIES if family not in self.saved]
+        fitted = fit_families(self.data, self.tell, seed=self.seed, n_bootstrap=self.n_bootstrap, families=wanted)
+        found = {**self.saved, **fitted}
         if not found:
             raise UserError("the results hold neither a finished dense run nor a finished dlcm run")
         return found
@@ -111,7 +108,9 @@ class FigureContext:
     @functools.cached_property
     def decay(self) -> FitResult:
         """The law of the decay gain (eq 23)."""
-        return self._fit(laws.DECAY_GAIN, self.rows("dlcm"))
+        rows = self.rows("dlcm")
+        self.tell(f"fitting {laws.DECAY_GAIN.name} to {count_runs(len(rows))}, {self.n_bootstrap} bootstrap refits")
+        return fit(laws.DECAY_GAIN, rows, seed=self.seed, n_bootstrap=self.n_bootstrap)
 
     @functools.cached_property
     def budget(self) -> float:
@@ -120,13 +119,7 @@ class FigureContext:
         Raises:
             UserError: neither is known.
         """
-        if self.asked:
-            return self.asked
-        rows = self.data.dlcm if len(self.data.dlcm) else self.data
-        known = [c for c in rows.C.tolist() if c > 0]
-        if not known:
-            raise UserError(NO_FLOPS)
-        return levels(known, SAME_BUDGET)[-1]
+        return self.asked or largest_budget(self.data)
 
     @functools.cached_property
     def frontiers(self) -> dict[str, "Frontier"]:
@@ -167,10 +160,3 @@ class FigureContext:
     def all_rows(self) -> pd.DataFrame:
         """The results table, diverged and failed runs included."""
         return self.data.frame if self.table is None else self.table
-
-    def _fit(self, law: Any, rows: ResultsData) -> FitResult:
-        self.tell(f"fitting {law.name} to {count_runs(len(rows))}, {self.n_bootstrap} bootstrap refits")
-        return fit(law, rows, seed=self.seed, n_bootstrap=self.n_bootstrap)
-
-
-NO_FLOPS = "the training FLOPs of the runs are not known; map them with --columns C=..."

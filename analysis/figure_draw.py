@@ -10,8 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.data import ResultsData
-from analysis.design import levels
-from analysis.figure_context import NO_FLOPS, SAME_BUDGET, FigureContext
+from analysis.design import SAME_BUDGET, levels
+from analysis.families import NO_FLOPS
+from analysis.figure_context import FigureContext
 from analysis.law import FAMILIES
 from analysis.plots import FONT, SHARES_APART, SMALL, new_figure, new_panels
 from dlcm.errors import UserError

@@ -13,7 +13,7 @@ import numpy as np
 
 from analysis.bootstrap import draw_weights
 from analysis.data import ResultsData
-from analysis.design import levels, reduce_by_axes
+from analysis.design import SAME_BUDGET, find_levels, reduce_by_axes
 from analysis.ensemble import natural_values, refit_many
 from analysis.growth import allocation_exponent
 from analysis.laws import Law
@@ -26,7 +26,6 @@ SHARES = (0.5, 0.65, 0.8)
 """Shares of the runs that are trained on, where cuts are not given."""
 ALLOCATION = "N*"
 """Name of the allocation exponent among the exponents of a hold-out."""
-_SAME_BUDGET = 1.3
 _MAX_LEVELS = 6
 _BINS = 5
 _STARTS = 8
@@ -173,19 +172,13 @@ def cut_axis(data: ResultsData) -> tuple[str, Array]:
 
 def _default_cuts(values: Array) -> list[tuple[float, Array]]:
     """Between budgets: at the levels that leave nearest to each share of the runs below."""
-    ends = np.array(
-        [values[_level_of(values, _SAME_BUDGET) == k].max() for k in range(len(levels(values, _SAME_BUDGET)))]
-    )
+    at, budgets = find_levels(values, SAME_BUDGET)
+    ends = np.array([values[at == k].max() for k in range(len(budgets))])
     if len(ends) < 2:
         return []
     below = np.array([np.mean(values <= end) for end in ends[:-1]])
     picked = sorted({int(np.argmin(np.abs(below - share))) for share in SHARES})
     return [(float(ends[i]), values <= ends[i]) for i in picked]
-
-
-def _level_of(values: Array, width: float) -> Array:
-    at = np.array(levels(values, width))
-    return np.argmin(np.abs(np.log(values[:, None] / at)), axis=1)
 
 
 def refit_rows(problem: Problem, theta: Array, rows: Array, rng: np.random.Generator) -> Array:
@@ -240,7 +233,7 @@ def leave_levels_out(
         values = data.values(axis)
         if not (values > 0).all():
             continue
-        group = _level_of(values, 1.12)
+        group, _ = find_levels(values)
         if group.max() < 2:
             continue
         if group.max() >= _MAX_LEVELS:

@@ -7,7 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from analysis.data import ResultsData
-from analysis.design import levels
+from analysis.design import SAME_BUDGET, find_levels, levels
 from analysis.frontier import Frontier
 from analysis.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILION
 from analysis.result import FitResult
@@ -56,19 +56,18 @@ def loss_vs_compute(data: ResultsData, frontiers: Mapping[str, Frontier]) -> go.
 def loss_vs_share(data: ResultsData) -> go.Figure | None:
     """Loss against P at each compute budget, one series a target R; a menu chooses the budget."""
     rows = data.dlcm
-    budgets = levels(rows.C[rows.C > 0].tolist(), 1.3) if len(rows) else []
+    budgets = levels(rows.C[rows.C > 0].tolist(), SAME_BUDGET) if len(rows) else []
     if not budgets or len(levels(rows.P)) < 2:
         return None
     figure, owners = go.Figure(), []
     target = np.asarray(rows.frame.get("compression_target", rows.R), dtype=float)
-    nominal = np.array(levels(target.tolist()))
-    target = nominal[np.argmin(np.abs(np.log(target[:, None] / nominal)), axis=1)]
+    at_level, nominal = find_levels(target)
     shown = budgets[-12:]
-    first = int(np.argmax([np.sum(np.abs(np.log(rows.C / budget)) < np.log(1.3) / 2) for budget in shown]))
+    first = int(np.argmax([np.sum(np.abs(np.log(rows.C / budget)) < np.log(SAME_BUDGET) / 2) for budget in shown]))
     for i, budget in enumerate(shown):
-        near = np.abs(np.log(rows.C / budget)) < np.log(1.3) / 2
-        for k, ratio in enumerate(nominal.tolist()):
-            at = rows.take(near & (target == ratio))
+        near = np.abs(np.log(rows.C / budget)) < np.log(SAME_BUDGET) / 2
+        for k, ratio in enumerate(nominal):
+            at = rows.take(near & (at_level == k))
             if len(at):
                 color, marker = _SERIES[k % len(_SERIES)]
                 trace = _runs(at, at.P, at.loss, f"R = {ratio:g}", color, marker)

@@ -6,7 +6,7 @@ plotly draws the figures; its code is part of the file, and the file asks no net
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from analysis.cost import Shapes
 from analysis.data import ResultsData
 from analysis.design import count_runs, levels
 from analysis.explorer import Explorer, explore
+from analysis.families import Tell
 from analysis.fit_tables import card
 from analysis.frontier import Frontier, frontier
 from analysis.html_figures import (
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from analysis.report import Analysis
 
 Array = np.ndarray
-Tell = Callable[[str], None]
 
 _BUDGETS, _SERVING_BUDGETS = 21, 11
 _BEYOND = 10**0.5

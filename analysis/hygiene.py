@@ -15,7 +15,7 @@ import pandas as pd
 
 from analysis.cells import find_gaps
 from analysis.data import ResultsData
-from analysis.design import COLLINEAR, MIN_DECADES_OF_N, count_runs, levels
+from analysis.design import COLLINEAR, MIN_DECADES_OF_N, count_runs, find_levels, levels
 from analysis.finding import Finding, Severity, gravest_first
 from analysis.result import FitResult
 
@@ -74,10 +74,9 @@ def few_seeds(data: ResultsData) -> list[Finding]:
     """Small models are cheap and noisy: without two seeds there, nobody knows the noise."""
     found = []
     for family, rows in _families(data):
-        sizes = levels(rows.N)
+        near, sizes = find_levels(rows.N)
         small = [s for s in sizes if s <= np.sqrt(sizes[0] * sizes[-1]) * 1.0001]
         seeds = rows.frame["seed"].astype(str).to_numpy() if "seed" in rows.frame else np.full(len(rows), "one")
-        near = _nearest(rows.N, sizes)
         once = [size for i, size in enumerate(sizes) if size in small and len(set(seeds[near == i])) < 2]
         if once:
             text = f"{family}fewer than two seeds at N = {_listed(once)}: the noise of small models is not measured"
@@ -300,15 +299,11 @@ def _listed(sizes: Sequence[float], most: int = 4) -> str:
     return ", ".join(f"{s:.3g}" for s in sizes[:most]) + more
 
 
-def _nearest(values: Array, found: list[float]) -> Array:
-    return np.argmin(np.abs(np.log(values[:, None] / np.array(found))), axis=1)
-
-
 def _designs(rows: ResultsData) -> list[tuple[float, Array]]:
     """Size and row positions of runs that differ by learning rate and seed alone."""
     keys: dict[tuple, list[int]] = {}
-    sizes, tokens = levels(rows.N), levels(rows.D)
+    (size, sizes), (tokens, _) = find_levels(rows.N), find_levels(rows.D)
     ratio = rows.frame["compression_target"] if "compression_target" in rows.frame else np.round(rows.R, 1)
-    for i, key in enumerate(zip(_nearest(rows.N, sizes), _nearest(rows.D, tokens), np.round(rows.P, 2), ratio)):
+    for i, key in enumerate(zip(size, tokens, np.round(rows.P, 2), ratio)):
         keys.setdefault(tuple(float(k) for k in key), []).append(i)
     return [(sizes[int(key[0])], np.array(positions)) for key, positions in keys.items()]

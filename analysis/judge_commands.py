@@ -5,15 +5,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from analysis.verbs import ColumnsOption, DropOption, ExcludeOption, WhereOption, check_figure, load, progress, show
+from analysis.options import AsJson, ColumnsOption, DropOption, ExcludeOption, Results, Seed, WhereOption
+from analysis.verbs import check_figure, load, progress, show
 
 if TYPE_CHECKING:
     from analysis.data import ResultsData
     from analysis.isoflop_result import IsoFlop
-
-Results = Annotated[Path, typer.Argument(metavar="RESULTS", help="results.parquet or .csv, or a sweep folder")]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="seeds starts and bootstrap")]
 
 
 def register(app: typer.Typer) -> None:

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from analysis.options import AsJson
+
 if TYPE_CHECKING:
     from analysis.data import ResultsData
     from analysis.law import Law
@@ -57,7 +59,7 @@ def parse_range(text: str) -> tuple[str, tuple[float, float]]:
     raise UserError(f"--bounds {text}: write NAME=LOW:HIGH, e.g. alpha=0:3")
 
 
-def laws_verb(as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of text")] = False) -> None:
+def laws_verb(as_json: AsJson = False) -> None:
     """List the laws: equation, inputs, source, and named reductions."""
     import json
 

@@ -5,7 +5,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from analysis.verbs import ColumnsOption, DropOption, ExcludeOption, WhereOption, load, progress, show
+from analysis.options import (
+    AsJson,
+    Choices,
+    ColumnsOption,
+    DropOption,
+    ExcludeOption,
+    FitFiles,
+    Force,
+    Limit,
+    NMeaning,
+    OwnCost,
+    Refits,
+    ResultsOrFit,
+    Seed,
+    Vocabulary,
+    WhereOption,
+    Window,
+)
+from analysis.verbs import load, progress, show
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,13 +35,6 @@ if TYPE_CHECKING:
     from analysis.result import FitResult
     from analysis.spend import Ask, Prices
 
-Results = Annotated[
-    Path,
-    typer.Argument(metavar="RESULTS", help="results.parquet or .csv, a sweep folder, or a fit (`fit --out FIT.json`)"),
-]
-FitFiles = Annotated[
-    list[Path] | None, typer.Option("--fit", metavar="FIT.json", help="a saved fit instead of a new one; repeatable")
-]
 Budgets = Annotated[
     list[float] | None,
     typer.Option("--budget", metavar="FLOPS", help="training FLOPs; repeatable; the largest that was run by default"),
@@ -45,39 +56,15 @@ ServingOption = Annotated[
     str | None,
     typer.Option("--serving", metavar="READ:WRITTEN", help="tokens of a request; by default a window of the training"),
 ]
-Choices = Annotated[
-    list[str] | None,
-    typer.Option("--at", metavar="N=,D=,R=,P=", help='what a choice loses against the best: "P=0.5,R=4"; repeatable'),
-]
 Ranges = Annotated[
     list[str] | None,
     typer.Option(
         "--bounds", metavar="NAME=LOW:HIGH", help="search N, R or P here and not where the data are; repeatable"
     ),
 ]
-Limit = Annotated[
-    float | None,
-    typer.Option(
-        "--limit", metavar="DECADES", help="how far outside the data to go; 1, or 0.3 where the fit is unsound"
-    ),
-]
-Force = Annotated[bool, typer.Option("--force", help="answer however far outside the data")]
-OwnCost = Annotated[
-    str | None,
-    typer.Option("--cost", metavar="EXPRESSION", help='training FLOPs of your own models over N, D, R, P: "6*N*D"'),
-]
 OwnInferenceCost = Annotated[
     str | None,
     typer.Option("--inference-cost", metavar="EXPRESSION", help='FLOPs of your own models per served token: "2*N"'),
-]
-Vocabulary = Annotated[
-    int | None, typer.Option("--vocab-size", min=1, help="prices shapes where the results stand apart from their sweep")
-]
-Window = Annotated[
-    int | None, typer.Option("--seq-len", min=1, help="window of these shapes, where no results tell it")
-]
-NMeaning = Annotated[
-    str | None, typer.Option("--n", metavar="non_embedding|total", help="which parameters N counts, or a mapped N does")
 ]
 FrontierRange = Annotated[
     str | None,
@@ -91,9 +78,6 @@ InferenceFrontierRange = Annotated[
 ]
 PlotFile = Annotated[Path | None, typer.Option("--plot", help="draw the frontier to this .png, .svg or .pdf")]
 TableFile = Annotated[Path | None, typer.Option("--table", help="write the frontier to this .csv, .md or .tex")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="seeds starts and bootstrap")]
-Refits = Annotated[int, typer.Option("--bootstrap", min=0, help="refits for the 95% intervals; 0 for none")]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 
 
 _POINTS, _MOST_POINTS = 13, 200
@@ -105,7 +89,7 @@ def register(app: typer.Typer) -> None:
 
 
 def optimum_verb(
-    results: Results,
+    results: ResultsOrFit,
     budget: Budgets = None,
     inference_budget: InferenceBudgets = None,
     tokens: Tokens = None,
@@ -139,6 +123,7 @@ def optimum_verb(
     of yours loses against it, and the FLOPs that it saves against the dense baseline.
     """
     from analysis.cost import require_priced
+    from analysis.families import fit_families
     from analysis.law_commands import parse_range
     from analysis.spend import answer, find_prices, fits_by_family
 
@@ -155,7 +140,8 @@ def optimum_verb(
         priced = find_prices(None if is_fit else results, saved, **prices)  # pyright: ignore[reportArgumentType]
         require_priced((saved[0] if data is None else data).convention, priced)
         asks = _asks(priced, request, (budget or [], inference_budget or []), spans, tokens, served)
-        fits = fits_by_family(saved or fit_families(data, seed, bootstrap, tell))
+        new = {} if data is None else fit_families(data, tell, seed=seed, n_bootstrap=bootstrap)
+        fits = fits_by_family(saved or list(new.values()))
         if not asks and not any(spans):
             asks = [_largest(priced, data, fits, tokens)]
         answers = []
@@ -183,20 +169,6 @@ def _load_fits(files: list[Path], rows: dict[str, Any]) -> "list[FitResult]":
             f"{option}: chooses the rows of a new fit, but {files[0]} is one already; leave it out, or fit again"
         )
     return [FitResult.load(file) for file in files]
-
-
-def fit_families(data: "ResultsData | None", seed: int, bootstrap: int, tell: Any) -> "list[FitResult]":
-    """The compression-aware law of the DLCM runs and Chinchilla's of the dense ones, where there are such runs."""
-    from analysis import laws
-    from analysis.design import count_runs
-    from analysis.fit import fit
-
-    fits = []
-    for law in (laws.COMPRESSION_AWARE, laws.CHINCHILLA):
-        if data is not None and (n_runs := len(data.of_family(law.family))):
-            tell(f"fitting {law.name} to {count_runs(n_runs)}, {bootstrap} bootstrap refits")
-            fits.append(fit(law, data, seed=seed, n_bootstrap=bootstrap))
-    return fits
 
 
 def _costs(prices: "Prices", serving: "Serving | None", served: float | None) -> "tuple[Callable[[], Cost], ...]":
@@ -270,9 +242,9 @@ def _write_frontiers(frontiers: "list[dict[str, Frontier]]", plot: Path | None, 
 
 
 def _largest(prices: "Prices", data: "ResultsData | None", fits: "dict[str, FitResult]", tokens: float | None) -> "Ask":
-    from analysis.spend import Ask, largest_budget
+    from analysis.spend import Ask, budget_of_runs
 
-    return Ask(prices.training(), largest_budget(prices, data, fits), tokens)
+    return Ask(prices.training(), budget_of_runs(prices, data, fits), tokens)
 
 
 def parse_choice(text: str) -> dict[str, float]:

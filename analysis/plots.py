@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from analysis.data import ResultsData, numeric_column
-from analysis.design import levels
+from analysis.design import SAME_BUDGET, find_levels, largest_level, levels
 from analysis.frontier import Frontier, frontier
 from analysis.result import FitResult
 from analysis.search import Cost, tokens_for_budget
@@ -167,7 +167,7 @@ def plot_loss_vs_share(
         UserError: no DLCM run lies at the budget.
     """
     rows = data.dlcm
-    budget = budget or (levels(rows.C, 1.3)[-1] if len(rows) else float("nan"))
+    budget = budget or (largest_level(rows.C) if len(rows) else float("nan"))
     rows = rows.take(np.abs(np.log(rows.C / budget)) < np.log(1.15))
     if not len(rows):
         raise UserError(f"{data.source}: no DLCM run within 15% of {budget:.3g} training FLOPs")
@@ -268,15 +268,13 @@ def ratio_levels(rows: ResultsData) -> Array:
     """R of each run as the sweep asked for it, or the level of the realised R where that is not known."""
     if "compression_target" in rows.frame:
         return rows.values("compression_target")
-    found = np.array(levels(rows.R))
-    return found[np.argmin(np.abs(np.log(rows.R[:, None] / found)), axis=1)].round(2)
+    at, found = find_levels(rows.R)
+    return np.array(found)[at].round(2)
 
 
 def _best_of_each_budget(rows: ResultsData) -> Array:
     """Mask of the runs with the least loss among those of nearly the same training FLOPs."""
-    starts = np.array(levels(rows.C, 1.3))
-    group = np.argmin(np.abs(np.log(rows.C[:, None] / starts)), axis=1)
-    return _least_in_groups(rows.loss, group)
+    return _least_in_groups(rows.loss, find_levels(rows.C, SAME_BUDGET)[0])
 
 
 def _best_of_each_share(rows: ResultsData, width: float = SHARES_APART) -> Array:

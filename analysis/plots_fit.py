@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis.data import ResultsData
-from analysis.design import levels
+from analysis.design import find_levels, levels
 from analysis.identify import correlation_matrix
 from analysis.inputs import prepare
 from analysis.objective import Problem
@@ -148,10 +148,8 @@ def plot_fit(ax: Axes, data: ResultsData, fit: FitResult) -> Axes:
 
 
 def _slices(D: Array) -> tuple[Array, list[float]]:
-    found = levels(D)
-    if len(found) <= _MOST_SLICES:
-        group = np.argmin(np.abs(np.log(D[:, None] / np.array(found))), axis=1)
-    else:
+    group, found = find_levels(D)
+    if len(found) > _MOST_SLICES:
         edges = np.quantile(np.log(D), np.linspace(0, 1, _MOST_SLICES + 1)[1:-1])
         group = np.searchsorted(edges, np.log(D))
     return group, [float(np.exp(np.log(D[group == i]).mean())) for i in range(group.max() + 1)]

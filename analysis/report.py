@@ -1,22 +1,21 @@
 """analyze(results, out_dir): everything that a set of runs says, as files and as one plain-language summary."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from analysis import laws
 from analysis.accuracy import AccuracyTable, flops_vs_accuracy
 from analysis.compare import Comparison, compare_at_matched_compute, ratio_table
 from analysis.cost import cost_of_results, require_priced
 from analysis.data import ResultsData, load_results, records
-from analysis.design import Support, describe_support, levels
+from analysis.design import Support, describe_support
+from analysis.families import Tell, fit_families, largest_budget
 from analysis.figure_context import FigureContext
 from analysis.figures import save_figures
-from analysis.fit import fit
 from analysis.html_report import write_html
+from analysis.law import FAMILIES
 from analysis.optimum import Optimum, optimum
 from analysis.plots import BAND_REFITS
 from analysis.report_text import format_summary
@@ -26,7 +25,6 @@ from analysis.search import Cost
 from dlcm.errors import UserError
 from dlcm.record import write_atomic
 
-Tell = Callable[[str], None]
 PLOTS = ("loss_vs_compute", "loss_vs_share", "realised_ratio", "predicted_vs_measured")
 
 
@@ -129,9 +127,10 @@ def analyze(
             missing.append(f"optimum, frontiers and savings: {error}")
     if cost is not None:
         require_priced(data.convention, cost)
-    fits = _fit_families(data, missing, tell, seed=seed, n_bootstrap=n_bootstrap)
-    best_family = data.dlcm if len(data.dlcm) else data
-    budget = float(budget) if budget else levels(best_family.C, _SAME_BUDGET)[-1]
+    fits = fit_families(data, tell, seed=seed, n_bootstrap=n_bootstrap)
+    absent = [family for family in FAMILIES if family not in fits]
+    missing += [f"law of the {family} models: the results hold no finished {family} run" for family in absent]
+    budget = float(budget) if budget else largest_budget(data)
     optima, saved = _allocate(fits, cost, budget, missing, tell)
     tell("drawing plots and writing tables")
     files = [*_write_fits(fits, out / "fits"), *_write_tables(table, out / "tables")]
@@ -153,23 +152,6 @@ def analyze(
     write_html(analysis, out / "report.html", cost, tell)
     write_atomic(out / "summary.md", analysis.summary() + "\n")
     return analysis
-
-
-_SAME_BUDGET = 1.3
-
-
-def _fit_families(
-    data: ResultsData, missing: list[str], tell: Tell, *, seed: int, n_bootstrap: int
-) -> dict[str, FitResult]:
-    fits = {}
-    for family, law in (("dense", laws.CHINCHILLA), ("dlcm", laws.COMPRESSION_AWARE)):
-        n = len(data.of_family(family))
-        if not n:
-            missing.append(f"law of the {family} models: the results hold no finished {family} run")
-            continue
-        tell(f"fitting {law.name} to {n} {family} run{'s' * (n != 1)}, {n_bootstrap} bootstrap refits")
-        fits[family] = fit(law, data, seed=seed, n_bootstrap=n_bootstrap)
-    return fits
 
 
 def _allocate(

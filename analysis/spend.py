@@ -1,7 +1,7 @@
 """One budget and all that is said of it: the best allocation of each family, choices held against it, savings against dense."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from analysis.allocation import Bounds
 from analysis.budget import Cost
 from analysis.cost import OWN_WAY, Shapes, shapes_of_results, unit_of
 from analysis.data import ResultsData
-from analysis.design import levels
+from analysis.design import largest_level
+from analysis.families import largest_budget
 from analysis.law import FAMILIES
 from analysis.optimum import Optimum, optimum
 from analysis.own_cost import OwnPrices
@@ -22,8 +23,6 @@ from dlcm.errors import UserError
 
 Prices = Shapes | OwnPrices
 Choice = Mapping[str, float]
-Tell = Callable[[str], None]
-_SAME_BUDGET = 1.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,16 +178,17 @@ def find_prices(
     )
 
 
-def largest_budget(prices: Prices, data: ResultsData | None, fits: Mapping[str, FitResult]) -> float:
+def budget_of_runs(prices: Prices, data: ResultsData | None, fits: Mapping[str, FitResult]) -> float:
     """Training FLOPs of the largest runs, by the results where they tell it, or else by what their models cost.
 
     Raises:
         UserError: it is not known.
     """
     if data is not None:
-        known = data.C[data.C > 0]
-        spent = known if known.size else np.asarray(prices.training()(data.N, data.D, data.R, data.P), dtype=float)
-        return levels(spent[np.isfinite(spent)], _SAME_BUDGET)[-1]
+        if (data.C > 0).any():
+            return largest_budget(data)
+        spent = np.asarray(prices.training()(data.N, data.D, data.R, data.P), dtype=float)
+        return largest_level(spent[np.isfinite(spent)])
     largest = max(fit.ranges["C"][1] for fit in fits.values())
     if largest > 0:
         return largest

@@ -6,7 +6,7 @@ best allocations lie far apart.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from analysis import laws as known
 from analysis.certify import solve
 from analysis.data import ResultsData
 from analysis.design import reduce_by_axes
+from analysis.families import Tell
 from analysis.fit import fit
 from analysis.holdout import Drift, HoldOut, LeftOut, hold_out, leave_levels_out
 from analysis.laws import Change, Law
@@ -25,7 +26,6 @@ from analysis.unknown import constants_asked, not_identified
 from dlcm.errors import UserError, nearest
 
 Array = np.ndarray
-Tell = Callable[[str], None]
 
 WITHIN = 2.0
 """Laws whose AICc is so close to the least are not told apart (Burnham and Anderson 2002, section 2.6)."""
@@ -251,33 +251,22 @@ def choose(
     if not len(rows):
         raise UserError(f"{data.source}: no {asked[0].family} run to compare laws on; the runs are of another family")
     rng = np.random.default_rng(seed)
-    found: list[_Candidate] = []
-    merged: list[str] = []
-    for law in asked:
+
+    def candidate(law: Law) -> _Candidate:
         label = label_law(law)
         tell(f"fitting {label} to {len(rows)} runs")
-        candidate = _candidate(label, reduce_by_axes(law, rows), rows, delta, seed, n_bootstrap, rng)
-        twin = next((other for other in found if _same(other, candidate)), None)
-        if twin is None:
-            found.append(candidate)
-        else:
-            merged.append(f"{label} says the same as {twin.label} on these runs")
+        return _candidate(label, reduce_by_axes(law, rows), rows, delta, seed, n_bootstrap, rng)
+
+    found, merged = _distinct(map(candidate, asked))
     errors, aicc = _score(found, rows.clusters)
     tell("holding out the largest budgets, and each level of each axis")
     scores = []
-    for candidate, value in zip(found, aicc):
-        holdouts, drifts = hold_out(
-            candidate.robust, candidate.theta, rows, rng, cuts=tuple(cuts) if cuts else None, n_bootstrap=n_bootstrap
-        )
-        left = leave_levels_out(candidate.robust, candidate.theta, rows, rng)
-        behind = float(value - np.min(aicc)) if np.isfinite(value) else float("inf")
-        weight = float(np.exp(-behind / 2) / np.sum(np.exp(-(aicc - np.min(aicc)) / 2))) if np.isfinite(behind) else 0.0
-        k = len(candidate.law.free) + 1
-        scores.append(
-            LawScore(
-                candidate.label, candidate.law, k, float(value), behind, weight, candidate.fit, holdouts, drifts, left
-            )
-        )
+    for one, value, (behind, weight) in zip(found, aicc, _akaike(aicc)):
+        chosen_cuts = tuple(cuts) if cuts else None
+        holdouts, drifts = hold_out(one.robust, one.theta, rows, rng, cuts=chosen_cuts, n_bootstrap=n_bootstrap)
+        left = leave_levels_out(one.robust, one.theta, rows, rng)
+        k = len(one.law.free) + 1
+        scores.append(LawScore(one.label, one.law, k, float(value), behind, weight, one.fit, holdouts, drifts, left))
     tell("testing reductions against their laws")
     tests = _tests(found, rows, rng, n_draws)
     ranked = sorted(scores, key=lambda s: (s.aicc, s.n_constants))
@@ -290,7 +279,7 @@ def choose(
         errors=errors,
         n_runs=len(set(rows.run_ids)),
         n_clusters=len(set(rows.clusters)),
-        merged=tuple(merged),
+        merged=merged,
         nested=tests,
         source=rows.source,
         data_hash=rows.hash,
@@ -308,6 +297,28 @@ def _asked(laws: Sequence[Law | str] | None, data: ResultsData) -> list[Law]:
             what = f"{asked[0].name} ({asked[0].family}, {asked[0].target}) and {law.name} ({law.family}, {law.target})"
             raise UserError(f"model choice: {what} describe different runs; compare laws of one family and target")
     return asked
+
+
+def _distinct(candidates: Iterable[_Candidate]) -> tuple[list[_Candidate], tuple[str, ...]]:
+    """Those that say something of their own, and of each other one which it repeats."""
+    found: list[_Candidate] = []
+    merged: list[str] = []
+    for candidate in candidates:
+        twin = next((other for other in found if _same(other, candidate)), None)
+        if twin is None:
+            found.append(candidate)
+        else:
+            merged.append(f"{candidate.label} says the same as {twin.label} on these runs")
+    return found, tuple(merged)
+
+
+def _akaike(aicc: Array) -> list[tuple[float, float]]:
+    """How far each law lies behind the best, and its Akaike weight; a law with too few runs for its AICc has none."""
+    known = np.isfinite(aicc)
+    behind = np.full(len(aicc), np.inf)
+    behind[known] = aicc[known] - np.min(aicc[known], initial=np.inf)
+    weight = np.exp(-behind / 2)
+    return list(zip(behind.tolist(), (weight / (weight.sum() or 1.0)).tolist()))
 
 
 def _candidate(

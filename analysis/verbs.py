@@ -1,9 +1,7 @@
-"""What the verbs of `dlcm analyze` share: options, loading, progress, printing. Only typer is imported at the top."""
+"""What the verbs of `dlcm analyze` share: loading, progress, printing. Nothing heavy is imported at the top."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -11,26 +9,6 @@ if TYPE_CHECKING:
     from analysis.data import ResultsData
 
 FIGURES = (".png", ".svg", ".pdf")
-ColumnsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--columns",
-        metavar="N=COLUMN,...",
-        help="what a table of other names holds: N=params,D=C/(6*N),C=flops,loss=val_loss",
-    ),
-]
-WhereOption = Annotated[
-    str | None, typer.Option("--where", metavar="CONDITION", help="use these rows only: \"training_set == 'c4'\"")
-]
-ExcludeOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--exclude", metavar="WHAT", help='leave out, with a reason: "loss > 4: outlier" or RUN_ID=reason; repeatable'
-    ),
-]
-DropOption = Annotated[
-    int, typer.Option("--drop-largest-losses", metavar="K", min=0, help="leave out the K largest losses of each family")
-]
 
 
 def load(

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from dlcm.checkpoint import check_corpus, checkpoint_paths, load_config, load_trained
+from dlcm.checkpoint import check_corpus, checkpoint_paths, load_config
 from dlcm.config import RunConfig
 from dlcm.corpus_task import corpus_task
 from dlcm.errors import UserError
@@ -246,19 +246,11 @@ def _read_task(task: TaskWord, corpus: Corpus | Mixture, limit: int | None) -> E
 
 
 def _load_lm(run_dir: Path, corpus: Corpus | Mixture) -> "HarnessModel":
-    import torch
-
     from dlcm.harness import HarnessModel
+    from dlcm.opened import open_model
 
-    model, config = load_trained(run_dir)
-    if corpus.tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"{run_dir}: data.tokenizer {config.data.tokenizer!r} has {corpus.tokenizer.vocab_size} tokens here, the model "
-            f"{config.model.vocab_size}: the corpus is not the one that the run was trained on"
-        )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=config.train.is_bf16(device))
-    return HarnessModel(model.to(device), corpus.tokenizer, config.data.seq_len, autocast=autocast)
+    run = open_model(run_dir, corpus)
+    return HarnessModel(run.model, run.tokenizer, run.config.data.seq_len, autocast=run.autocast)
 
 
 def _measure(

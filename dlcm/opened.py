@@ -59,6 +59,15 @@ def open_run(run_dir: Path | str, progress: Progress | None = None) -> OpenRun:
     run_dir = Path(run_dir)
     corpus = open_corpus(load_config(run_dir).data, progress)
     check_corpus(run_dir, corpus)
+    return open_model(run_dir, corpus)
+
+
+def open_model(run_dir: Path, corpus: Corpus | Mixture) -> OpenRun:
+    """Open a run whose text is open already.
+
+    Raises:
+        UserError: no trained run, or a tokenizer that knows tokens which the model does not.
+    """
     model, config = load_trained(run_dir)
     if corpus.tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(

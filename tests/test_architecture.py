@@ -55,10 +55,10 @@ def test_a_library_with_one_door_is_imported_there_alone(library):
 
 
 def test_command_modules_import_only_typer_each_other_and_the_standard_library_at_the_top():
-    modules = [p for p in ROOT.glob("*/*.py") if p.name.endswith("commands.py") or p.name == "verbs.py"]
+    modules = [p for p in ROOT.glob("*/*.py") if p.name.endswith("commands.py") or p.name in ("verbs.py", "options.py")]
     modules = [path for path in modules if path.parent.name in PACKAGES]
     light = {f"{path.parent.name}.{path.stem}" for path in modules}
-    assert {"analysis.commands", "analysis.verbs", "sweeps.commands", "dlcm.commands"} <= light
+    assert {"analysis.commands", "analysis.verbs", "analysis.options", "sweeps.commands", "dlcm.commands"} <= light
     for path in modules:
         top = {
             name

@@ -257,7 +257,7 @@ def test_the_gallery_lists_every_figure_with_a_function_that_exists():
 
 
 def test_what_figures_share_is_found_once(context, monkeypatch):
-    figure_context, frontier = (import_module(f"analysis.{name}") for name in ("figure_context", "frontier"))
+    families, frontier = (import_module(f"analysis.{name}") for name in ("families", "frontier"))
     told: list[str] = []
     counted: dict[str, int] = {}
 
@@ -270,7 +270,7 @@ def test_what_figures_share_is_found_once(context, monkeypatch):
 
         monkeypatch.setattr(module, name, counting)
 
-    count(figure_context, "fit")
+    count(families, "fit")
     count(frontier, "frontier")
     fresh = dataclasses.replace(context, saved={}, n_bootstrap=3, tell=told.append, notes=[])
     for name in ("loss_vs_compute", "allocation", "predicted_vs_measured", "residuals", "iso_loss"):
