@@ -1,11 +1,5 @@
-"""Boundary statistics of a batch that is spread over processes: two real ones, over gloo, with unequal numbers of tokens.
+"""Boundary statistics of a batch that is spread over processes: two real ones, over gloo, with unequal numbers of tokens."""
 
-Run as a script, this file is one of the two ranks.
-"""
-
-import os
-import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dlcm.boundary import gather_scores, global_statistics, ratio_loss, uniform_draws
 from dlcm.loss import next_token_loss
 from tests.dlcm.conftest import awake, random_tokens, small_config
+from tests.dlcm.ranks import run_ranks
 
 # Documents of each rank: 72 tokens against 31.
 DOCUMENTS = ((40, 25, 7), (13, 1, 17))
@@ -89,11 +84,10 @@ def controlled(ranks):
     return {"sample": detector.offset_sample, "threshold": detector.offset_threshold, "slope": detector.rate_slope}
 
 
-def work(rank, folder):
+def work(folder):
     """One rank: everything that the tests look at, in one file."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank = dist.get_rank()
     model = DistributedDataParallel(fresh_model())
     found = {variant: gradients(model, [rank], variant) for variant in VARIANTS}
     found["control"] = controlled([rank])
@@ -104,21 +98,8 @@ def work(rank, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", "tests.dlcm.test_distributed"]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder)], cwd=root, env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
+    codes, said = run_ranks(2, work, folder)
+    assert codes == [0, 0], said
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -168,8 +149,3 @@ def test_without_a_process_group_a_process_is_the_whole_batch():
     assert (found.n_ranks, float(found.rate), float(found.prob.detach())) == (1, 0.5, 0.375)
     assert torch.autograd.grad(found.prob, p)[0].tolist() == [0.5, 0.5]
     assert gather_scores(p) is p
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    work(int(sys.argv[1]), sys.argv[2])

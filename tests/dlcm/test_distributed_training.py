@@ -1,25 +1,16 @@
-"""One run on several processes gives what one process gives, up to rounding. Run as a script, this file is one of the ranks."""
-
-import functools
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
+"""One run on several processes gives what one process gives, up to rounding."""
 
 import pytest
 import torch
 
-from dlcm import sharing
 from dlcm.config import RunConfig
-from dlcm.distributed import first_host, joined, rendezvous
+from dlcm.distributed import first_host, rendezvous
 from dlcm.errors import UserError
 from dlcm.micro_batch import most_micro_batches, shares
 from dlcm.record import read_json, read_metrics
-from dlcm.train import StopTraining, train
+from dlcm.train import train
+from tests.dlcm.ranks import start
 
-ROOT = Path(__file__).parents[2]
 STEPS = 10
 WORDS = ["alpha", "beta", "gamma", "of", "the", "and", "x", "=", "1", "in", "so", "it", "was", "delta"]
 
@@ -58,58 +49,6 @@ def config_of(folder, kind="dlcm", windows=5, **train_options):
             },
         }
     )
-
-
-def start(n_ranks, config, run_dir, *, stop_at=None, kill_at=None, mode=None, keep=()):
-    """Ranks as torchrun starts them; their exit codes and what they said. `mode` shares the model otherwise than the config."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    told = {"stop_at": stop_at, "kill_at": kill_at, "mode": mode, "keep": list(keep)}
-    payload = json.dumps({"config": config.model_dump(mode="json"), "run_dir": str(run_dir), **told})
-    processes = []
-    for rank in range(n_ranks):
-        ranks = {
-            "RANK": rank,
-            "WORLD_SIZE": n_ranks,
-            "LOCAL_RANK": rank,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        environment = {**os.environ, **{k: str(v) for k, v in ranks.items()}, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, __file__, payload]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    said = [process.communicate(timeout=240)[0] for process in processes]
-    return [process.returncode for process in processes], said
-
-
-def rank_main(payload):
-    """What one rank does: train, and end with 3 where it was told to stop, with 2 on an error that a person can mend."""
-    torch.set_num_threads(1)
-    # The default backend would take most of the time of a test.
-    torch.compile = functools.partial(torch.compile, backend="aot_eager")
-    if payload["mode"] is not None:
-        sharing.choose_mode = lambda *_: payload["mode"]
-
-    def follow(progress):
-        if payload["kill_at"] == progress.step:
-            os._exit(9)
-        if payload["stop_at"] == progress.step:
-            raise StopTraining("enough")
-
-    with joined() as ranks:
-        try:
-            config = RunConfig.model_validate(payload["config"])
-            result = train(config, payload["run_dir"], on_step=follow, keep=payload["keep"])
-        except StopTraining:
-            return 3
-        except UserError as error:
-            print(f"{ranks.rank}: {error}")
-            return 2
-    print(f"{ranks.rank}: {result.status}")
-    return 0
 
 
 def figures(run_dir):
@@ -234,7 +173,3 @@ def test_a_rank_that_cannot_be_is_refused():
 )
 def test_the_first_host_of_a_node_list(nodes, host):
     assert first_host(nodes) == host
-
-
-if __name__ == "__main__":
-    sys.exit(rank_main(json.loads(sys.argv[1])))

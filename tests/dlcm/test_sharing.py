@@ -22,7 +22,8 @@ from dlcm.sharing import SharedModel, share_model
 from dlcm.train import load_result, train
 from dlcm.trunk import load_branch
 from tests.dlcm.conftest import awake, dense_config, random_tokens, small_config
-from tests.dlcm.test_distributed_training import STEPS, assert_close, cache, config_of, figures, start  # noqa: F401
+from tests.dlcm.ranks import start
+from tests.dlcm.test_distributed_training import STEPS, assert_close, cache, config_of, figures  # noqa: F401
 
 DEEP = {"n_encoder_layers": 2, "n_concept_layers": 2, "n_decoder_layers": 2}
 THREE = {"windows": 3, "micro_batch_tokens": 64}  # of two ranks, one has one micro-batch and the other two
