@@ -216,30 +216,30 @@ class PairedRows:
     """Differences between two rows, with standard errors paired by item where the outcomes are known."""
 
     def __init__(self, table: pd.DataFrame, tasks: Sequence[str], outcomes: Outcomes):
-        self.table, self.tasks, self.outcomes = table, list(tasks), outcomes
-        self.paired = False
+        self.tasks, self.paired = list(tasks), False
+        self._accuracy = {task: _numbers(table, f"acc_{task}") for task in tasks}
+        with_error = [task for task in tasks if f"acc_{task}_stderr" in table]
+        self._error = {task: _numbers(table, f"acc_{task}_stderr") for task in with_error}
+        self._outcomes = [outcomes.get(str(run), {}) for run in table["run"]]
 
     def difference(self, one: int, other: int, tasks: Sequence[str] | None = None) -> tuple[float, float | None]:
         """Mean over `tasks` of one row's accuracies less another's, in percentage points, and its standard error."""
         tasks = self.tasks if tasks is None else tasks
-        columns = [f"acc_{t}" for t in tasks]
-        cells = self.table.loc[[one, other], columns].to_numpy(dtype=float)
+        gains = [self._accuracy[task][one] - self._accuracy[task][other] for task in tasks]
         squares = [self._squared_error(one, other, task) for task in tasks]
         known = [s for s in squares if s is not None]
         error = float(np.sqrt(sum(known)) / len(tasks)) if len(known) == len(tasks) else None
-        return float((cells[0] - cells[1]).mean()), error
+        return float(np.mean(gains)), error
 
     def _squared_error(self, one: int, other: int, task: str) -> float | None:
-        runs = [str(self.table["run"][row]) for row in (one, other)]
-        of = [self.outcomes.get(run, {}).get(task) for run in runs]
-        paired = difference_error(of[0], of[1])
+        paired = difference_error(*(self._outcomes[row].get(task) for row in (one, other)))
         if paired is not None:
             self.paired = True
             return (100 * paired) ** 2
-        if f"acc_{task}_stderr" not in self.table:
+        if task not in self._error:
             return None
-        errors = self.table.loc[[one, other], f"acc_{task}_stderr"].to_numpy(dtype=float)
-        return float(np.sum(errors**2)) if np.isfinite(errors).all() else None
+        error = float(np.hypot(self._error[task][one], self._error[task][other]))
+        return error**2 if np.isfinite(error) else None
 
 
 def match_baselines(table: pd.DataFrame, seeds: Sequence[str]) -> dict[int, int]:
@@ -288,13 +288,16 @@ def _add_savings(table: pd.DataFrame, notes: list[str]) -> None:
     errors = _numbers(table, error) if error in table else np.full(len(table), np.nan)
     rng = np.random.default_rng(0)
     columns = {k: np.full(len(table), np.nan) for k in ("saved", "saved_low", "saved_high")}
-    draws = average[dense] + errors[dense] * rng.normal(size=(_DRAWS, len(dense)))
+    order = dense[np.argsort(cost[dense], kind="stable")]
+    log_cost = np.log(cost[order])
+    best = np.maximum.accumulate(average[order])
+    drawn_best = np.maximum.accumulate(average[order] + errors[order] * rng.normal(size=(_DRAWS, len(order))), axis=1)
     for row in others.tolist():
         spent, reached = float(cost[row]), float(average[row])
-        columns["saved"][row] = _saved(cost[dense], average[dense], spent, reached)
-        if np.isfinite(errors[[row, *dense]]).all():
-            drawn = rng.normal(reached, errors[row], _DRAWS).tolist()
-            shares = [_saved(cost[dense], of, spent, r, beyond=True) for of, r in zip(draws, drawn)]
+        share = _saved(log_cost, best[None, :], spent, np.array([reached]))[0]
+        columns["saved"][row] = share if np.isfinite(share) and reached <= best[-1] else np.nan
+        if np.isfinite(errors[[row, *order]]).all():
+            shares = _saved(log_cost, drawn_best, spent, rng.normal(reached, errors[row], _DRAWS))
             low, high = np.quantile(shares, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], method="nearest")
             columns["saved_low"][row], columns["saved_high"][row] = (
                 100 * v if np.isfinite(v) and abs(v) < 1 else np.nan for v in (low, high)
@@ -317,21 +320,25 @@ def _families(table: pd.DataFrame) -> tuple[Array, Array]:
     return np.flatnonzero(has_average & is_dense), np.flatnonzero(has_average & ~is_dense)
 
 
-def _saved(cost: Array, average: Array, spent: float, reached: float, *, beyond: bool = False) -> float:
-    """1 - spent / least FLOPs at which the dense runs reach an average, along their running best.
+def _saved(log_cost: Array, best: Array, spent: float, reached: Array) -> Array:
+    """1 - spent / least FLOPs at which the dense runs reach an average, linear in log FLOPs; one number a draw.
 
-    Where none reaches it the answer is NaN, or, for a draw of a bootstrap (`beyond`), 1; where all do, NaN or minus infinity.
+    Args:
+        log_cost: of the dense runs, rising (m,).
+        best: their running best averages (draws, m).
+        spent: training FLOPs.
+        reached: averages (draws,). Beyond all dense runs the answer is 1, below all of them minus infinity.
     """
-    order = np.argsort(cost, kind="stable")
-    best = np.maximum.accumulate(average[order])
-    if reached > best[-1] or reached < best[0]:
-        return (1.0 if reached > best[-1] else -np.inf) if beyond else float("nan")
-    k = int(np.searchsorted(best, reached))
-    if k == 0:
-        return 1 - spent / float(cost[order][0])
-    ends = np.log(cost[order][k - 1 : k + 1])
-    share = (reached - best[k - 1]) / (best[k] - best[k - 1])
-    return 1 - spent / float(np.exp(ends[0] + share * (ends[1] - ends[0])))
+    n_dense = len(log_cost)
+    above = np.sum(best < reached[:, None], axis=1)  # the first dense run that reaches it
+    k = np.clip(above, 1, n_dense - 1)
+    rows = np.arange(len(best))
+    low, high = best[rows, k - 1], best[rows, k]
+    within = (above > 0) & (above < n_dense)
+    share = np.divide(reached - low, high - low, out=np.zeros(len(best)), where=within)
+    found = 1 - spent / np.exp(log_cost[k - 1] + share * (log_cost[k] - log_cost[k - 1]))
+    found = np.where((above == 0) & (reached < best[:, 0]), -np.inf, found)
+    return np.where(above == n_dense, 1.0, found)
 
 
 def _significant(table: pd.DataFrame, group: Array, compared: PairedRows) -> list[tuple[int, str]]:

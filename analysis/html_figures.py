@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from analysis.data import ResultsData
 from analysis.design import SAME_BUDGET, find_levels, levels
 from analysis.frontier import Frontier
-from analysis.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILION
+from analysis.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILION, best_of_each_share, share_frame
 from analysis.result import FitResult
 
 Array = np.ndarray
@@ -54,7 +54,7 @@ def loss_vs_compute(data: ResultsData, frontiers: Mapping[str, Frontier]) -> go.
 
 
 def loss_vs_share(data: ResultsData) -> go.Figure | None:
-    """Loss against P at each compute budget, one series a target R; a menu chooses the budget."""
+    """Loss against P, one series a target R, the best size at each share bold; a menu chooses the compute budget."""
     rows = data.dlcm
     budgets = levels(rows.C[rows.C > 0].tolist(), SAME_BUDGET) if len(rows) else []
     if not budgets or len(levels(rows.P)) < 2:
@@ -63,24 +63,41 @@ def loss_vs_share(data: ResultsData) -> go.Figure | None:
     target = np.asarray(rows.frame.get("compression_target", rows.R), dtype=float)
     at_level, nominal = find_levels(target)
     shown = budgets[-12:]
-    first = int(np.argmax([np.sum(np.abs(np.log(rows.C / budget)) < np.log(SAME_BUDGET) / 2) for budget in shown]))
-    for i, budget in enumerate(shown):
-        near = np.abs(np.log(rows.C / budget)) < np.log(SAME_BUDGET) / 2
+    of_budget = [np.abs(np.log(rows.C / budget)) < np.log(SAME_BUDGET) / 2 for budget in shown]
+    first = max(range(len(shown)), key=lambda i: (of_budget[i].sum(), i))
+    best_losses: list[list[float]] = [[] for _ in shown]
+    for i, near in enumerate(of_budget):
         for k, ratio in enumerate(nominal):
             at = rows.take(near & (at_level == k))
             if len(at):
+                best = best_of_each_share(at)
+                at = at.take(np.argsort(~best, kind="stable"))  # the legend shows the first point of a series
                 color, marker = _SERIES[k % len(_SERIES)]
                 trace = _runs(at, at.P, at.loss, f"R = {ratio:g}", color, marker)
+                trace.marker.color = np.where(np.sort(~best), _faint(color), color).tolist()
+                trace.marker.size = np.where(np.sort(~best), 6, 9).tolist()
+                best_losses[i] += at.loss[: best.sum()].tolist()
                 trace.visible = i == first
                 figure.add_trace(trace)
                 owners.append(i)
+    ranges = [share_frame(best, rows.loss[near]) for best, near in zip(best_losses, of_budget)]
+    frames = [{"yaxis.range": ends, "yaxis.autorange": ends is None} for ends in ranges]
     buttons = [
-        {"label": f"{budget:.2g} FLOPs", "method": "restyle", "args": [{"visible": [o == i for o in owners]}]}
+        {"label": f"{budget:.2g} FLOPs", "method": "update", "args": [{"visible": [o == i for o in owners]}, frames[i]]}
         for i, budget in enumerate(shown)
     ]
-    menu = {"buttons": buttons, "active": first, "x": 1, "xanchor": "right", "y": 1.03, "yanchor": "bottom"}
-    figure.update_layout(updatemenus=[menu] if len(shown) > 1 else [])
-    return _layout(figure, _AXES["P"], _AXES["loss"])
+    menu = {"buttons": buttons, "active": first, "x": 1, "xanchor": "right", "y": 1.13, "yanchor": "bottom"}
+    _layout(figure, _AXES["P"], _AXES["loss"])
+    figure.update_layout(yaxis_range=ranges[first])
+    if len(shown) > 1:
+        figure.update_layout(updatemenus=[menu], margin={"t": 84}, height=424)
+    return figure
+
+
+def _faint(color: str) -> str:
+    """`#RRGGBB` as the same colour, mostly transparent."""
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},0.35)"
 
 
 def allocation(frontiers: Mapping[str, Frontier], name: str) -> go.Figure | None:

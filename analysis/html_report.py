@@ -58,7 +58,7 @@ _TITLES = {
 _NOTES = {
     "loss_vs_compute": "Each point is a run; hover names it, a click opens its config. Lines are the least loss that the fits "
     "predict at each budget, with 95% bands.",
-    "loss_vs_share": "Runs of one compute budget, chosen in the menu.",
+    "loss_vs_share": "Runs of one compute budget, chosen in the menu; faint: sizes that are not the best at their share.",
     "allocation": "Where the fit puts the optimum of each budget, with 95% bands; dotted where it lies outside the data or "
     "is not identified.",
     "predicted_vs_measured": "A law that describes the runs puts them on the dotted line.",

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from analysis.data import ResultsData, numeric_column
-from analysis.design import SAME_BUDGET, find_levels, largest_level, levels
+from analysis.design import SAME_BUDGET, count_runs, find_levels, largest_level, levels
 from analysis.frontier import Frontier, frontier
 from analysis.result import FitResult
 from analysis.search import Cost, tokens_for_budget
@@ -53,6 +53,8 @@ FORMATS = (".png", ".svg", ".pdf")
 _GRID = "#E2E2E2"
 _MANY = 40
 """Points of a series at one place, from which they are drawn small."""
+_ROOM = 1.0
+"""Loss that is shown above the best runs of each share, in spans of these."""
 BAND_REFITS = 200
 """Bootstrap refits behind a band that is looked at, not read off."""
 
@@ -173,9 +175,11 @@ def plot_loss_vs_share(
         raise UserError(f"{data.source}: no DLCM run within 15% of {budget:.3g} training FLOPs")
     target = ratio_levels(rows)
     sizes = np.geomspace(rows.N.min(), rows.N.max(), 41 if len(levels(rows.N)) > 1 else 1)
+    best_losses = []
     for ratio, style in zip(np.unique(target), itertools.cycle(RUN_STYLES)):
         at = rows.take(target == ratio)
-        best = _best_of_each_share(at)
+        best = best_of_each_share(at)
+        best_losses += at.loss[best].tolist()
         ax.scatter(at.P[~best], at.loss[~best], s=11, alpha=0.6, **points_style(style, hollow=True), zorder=2)
         ax.scatter(at.P[best], at.loss[best], s=20, **points_style(style), label=f"R = {ratio:g}", zorder=3)
         if fit is not None and cost is not None:
@@ -189,7 +193,23 @@ def plot_loss_vs_share(
         ", lines: fitted law" if fit is not None and cost is not None else ""
     )
     title += ", best size" if len(sizes) > 1 else ""
+    frame = share_frame(best_losses, rows.loss)
+    if frame is not None:
+        ax.set_ylim(*frame)
+        title += f"\n{count_runs(int(np.sum(rows.loss > frame[1])))} of other sizes lie above the frame"
     return finish(ax, "backbone share P of the parameters", "validation loss (nats/token)", legend="top", title=title)
+
+
+def share_frame(best: Sequence[float], losses: Array) -> list[float] | None:
+    """Ends of the loss axis that show the best runs of each share; None where all runs lie close enough to them.
+
+    Wrong sizes can be far worse than any choice of P: beside them, what the figure is for would be a line.
+    """
+    least, most = min(best), max(best)
+    edge = most + _ROOM * (most - least)
+    if most == least or not np.any(losses > edge):
+        return None
+    return [least - 0.15 * (edge - least), edge]
 
 
 def plot_realised_ratio(ax: Axes, data: ResultsData, *, tolerance: float = 0.05) -> Axes:
@@ -277,7 +297,7 @@ def _best_of_each_budget(rows: ResultsData) -> Array:
     return _least_in_groups(rows.loss, find_levels(rows.C, SAME_BUDGET)[0])
 
 
-def _best_of_each_share(rows: ResultsData, width: float = SHARES_APART) -> Array:
+def best_of_each_share(rows: ResultsData, width: float = SHARES_APART) -> Array:
     """Mask of the runs with the least loss among those of nearly the same share P."""
     order = np.argsort(rows.P)
     group = np.empty(len(rows), dtype=int)
@@ -324,14 +344,17 @@ def finish(ax: Axes, x: str, y: str, *, legend: str, title: str = "") -> Axes:
         ax.set_title(title, fontsize=SMALL, loc="left")
     elif legend == "top":
         # above the data: inside it might cover them, beside them it would take a third of a column's width
-        labels = ax.get_legend_handles_labels()[1]
+        handles, labels = ax.get_legend_handles_labels()
+        n = _legend_columns(labels)
+        # a legend is filled column by column, and read row by row
+        order = [i for column in range(n) for i in range(column, len(labels), n)]
         place: dict[str, Any] = {
             "loc": "lower left",
             "bbox_to_anchor": (0.0, 1.0),
             "alignment": "left",
             "columnspacing": 1.0,
         }
-        ax.legend(ncols=_legend_columns(labels), **place, **style)
+        ax.legend([handles[i] for i in order], [labels[i] for i in order], ncols=n, **place, **style)
     else:
         style["loc"] = legend
         ax.legend(**style)
@@ -342,11 +365,7 @@ def _legend_columns(labels: Sequence[str], room: float = COLUMN_WIDTH - 0.35) ->
     """The most columns, four at the most, whose entries fit into a width in inches."""
     widths = [_HANDLE + _LETTER * len(re.sub(r"\\\w+|[${}^_\\]", "", label)) for label in labels]
     for n in range(min(len(labels), 4), 1, -1):
-        rows = -(-len(labels) // n)
-        # a legend is filled column by column, the first ones with the rows that are over
-        full = len(labels) - n * (rows - 1)
-        starts = [rows * i if i <= full else rows * full + (rows - 1) * (i - full) for i in range(n + 1)]
-        if sum(max(widths[a:b]) for a, b in zip(starts, starts[1:])) <= room:
+        if sum(max(widths[column::n]) for column in range(n)) <= room:
             return n
     return 1
 
@@ -386,6 +405,6 @@ def _round_ticks(low: float, high: float) -> list[float]:
 
 def format_power(value: float) -> str:
     """A number as mantissa and power of ten, for a label."""
-    exponent = int(np.floor(np.log10(value) + 1e-9))
-    mantissa = value / 10.0**exponent
-    return f"$10^{{{exponent}}}$" if abs(mantissa - 1) < 0.005 else f"${mantissa:.2g}{{\\times}}10^{{{exponent}}}$"
+    digits, _, exponent = f"{value:.1e}".partition("e")
+    digits = digits.removesuffix(".0")
+    return f"$10^{{{int(exponent)}}}$" if digits == "1" else f"${digits}{{\\times}}10^{{{int(exponent)}}}$"

@@ -133,7 +133,7 @@ def analyze(
     budget = float(budget) if budget else largest_budget(data)
     optima, saved = _allocate(fits, cost, budget, missing, tell)
     tell("drawing plots and writing tables")
-    files = [*_write_fits(fits, out / "fits"), *_write_tables(table, out / "tables")]
+    files = [*_write_fits(fits, out / "fits"), *_write_tables(table, ratios, out / "tables")]
     files += _draw_plots(data, fits, cost, budget, out / "plots", missing)
     analysis = Analysis(
         data=data,
@@ -183,8 +183,11 @@ def _write_fits(fits: dict[str, FitResult], folder: Path) -> list[Path]:
     return paths
 
 
-def _write_tables(table: AccuracyTable, folder: Path) -> list[Path]:
+def _write_tables(table: AccuracyTable, ratios: pd.DataFrame, folder: Path) -> list[Path]:
     paths = []
+    if len(ratios):
+        paths.append(folder / "realised_ratios.csv")
+        write_atomic(paths[-1], ratios.to_csv(index=False))
     for fmt in ("csv", "md", "tex"):
         path = folder / f"flops_vs_accuracy.{fmt}"
         write_atomic(path, table.format(fmt))

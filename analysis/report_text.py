@@ -5,6 +5,8 @@ import textwrap
 from collections import Counter
 from typing import TYPE_CHECKING
 
+import pandas as pd
+
 from analysis.compare import RATIO_TOLERANCE
 from analysis.data import numeric_column
 from analysis.design import count_runs
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 _NAMES = {"dense": "Dense baseline", "dlcm": "DLCM"}
 _WIDTH = 116
+_MANY_RUNS = 40
+"""Runs from which a table has a row for each target, not for each run."""
 
 
 def format_summary(analysis: "Analysis") -> str:
@@ -85,12 +89,24 @@ def _ratios(analysis: "Analysis") -> list[str]:
     if not len(analysis.ratios):
         return [*lines, "The ratios that were asked for are not known." if len(analysis.data.dlcm) else "No DLCM run."]
     n_held = list(analysis.ratios["held"]).count("yes")
+    few = len(analysis.ratios) <= _MANY_RUNS
     return [
         *lines,
-        format_table(analysis.ratios, "md").rstrip(),
+        format_table(analysis.ratios if few else _by_target(analysis.ratios), "md").rstrip(),
         "",
-        f"{n_held} of {len(analysis.ratios)} runs are held.",
+        f"{n_held} of {len(analysis.ratios)} runs are held."
+        + ("" if few else " tables/realised_ratios.csv has each of them."),
     ]
+
+
+def _by_target(ratios: pd.DataFrame) -> pd.DataFrame:
+    """One row a target: the ends of what its runs realised."""
+    groups = ratios.groupby("target R")
+    found = pd.DataFrame({"target R": list(groups.groups), "runs": groups.size().to_numpy()})
+    for kind in ("training", "evaluation"):
+        column = groups[f"{kind} R"]
+        found[f"least {kind} R"], found[f"largest {kind} R"] = column.min().to_numpy(), column.max().to_numpy()
+    return found.assign(held=groups["held"].apply(lambda held: int((held == "yes").sum())).to_numpy())
 
 
 def _support(analysis: "Analysis") -> list[str]:

@@ -102,7 +102,8 @@ def _printed(frame: pd.DataFrame) -> tuple[list[str], list[list[str]], list[bool
         if any(name.endswith(end) and name.removesuffix(end) in frame.columns for end in _JOINED):
             continue
         number = pd.api.types.is_numeric_dtype(frame[name])
-        head, show = _PRINTED.get(name, (_head(name), _plain))
+        whole = pd.api.types.is_integer_dtype(frame[name])
+        head, show = _PRINTED.get(name, (_head(name), "{:.0f}".format if whole else _plain))
         cells = [show(float(v)) if number and pd.notna(v) else ("-" if pd.isna(v) else str(v)) for v in frame[name]]
         error, low, high = (f"{name}{end}" for end in _JOINED)
         if error in frame.columns:

@@ -58,28 +58,30 @@ def stand_in(folder: Path) -> None:
     os.environ["PATH"] = f"{place}{os.pathsep}{os.environ['PATH']}"
 
 
-def finish(run: StoredRun) -> None:
-    """What training leaves of a run, with a short metrics log."""
+def finish(run: StoredRun, loss: float = 4.0) -> None:
+    """What training leaves of a run that ends at this loss in nats, with a short metrics log."""
     config = run.config
     run.path.mkdir(exist_ok=True)
     facts = {"schema": 1, "run_id": run.run_id}
     row = run.row
+    ratio = float(row["compression_target"])
     groups = {name: int(row[f"params_{name}"]) for name in ("total", "embedding", "token", "concept")}
     result = {
-        "status": "finished", "step": run.n_steps, "tokens": run.tokens, "loss_nats": 4.0, "bits_per_byte": 2.0,
-        "tokens_per_concept": 4.0, "tokens_per_concept_train": 4.0, "tokens_per_concept_uncalibrated": 4.0, "epochs": 1.0,
+        "status": "finished", "step": run.n_steps, "tokens": run.tokens, "loss_nats": loss, "bits_per_byte": loss / 2,
+        "tokens_per_concept": ratio, "tokens_per_concept_train": ratio, "tokens_per_concept_uncalibrated": ratio, "epochs": 1.0,
         "params": groups, "wall_s": 10.0, "device": "cpu", "reason": None,
     }  # fmt: skip
     beat = {
         "state": "stopped", "phase": "train", "reason": None, "pid": 1, "host": "node", "job_id": "1_1", "submission": 1,
-        "deaths": 0, "starts": 1, "step": run.n_steps, "n_steps": run.n_steps, "tokens_per_s": 1e4, "loss_nats": 4.0, "time": 0.0,
+        "deaths": 0, "starts": 1, "step": run.n_steps, "n_steps": run.n_steps, "tokens_per_s": 1e4, "loss_nats": loss,
+        "time": 0.0,
     }  # fmt: skip
     (run.path / "result.json").write_text(json.dumps(facts | result))
     (run.path / "status.json").write_text(json.dumps(facts | beat))
     (run.path / "env.json").write_text(json.dumps(facts | {"git_commit": "0" * 40, "git_dirty_hash": None}))
     steps = [max(1, run.n_steps * i // 10) for i in range(1, 11)]
     lines = [
-        json.dumps({"step": step, "loss_nats": 4.0, "lr": 1e-3, "tokens": step * config.train.batch_tokens})
+        json.dumps({"step": step, "loss_nats": loss, "lr": 1e-3, "tokens": step * config.train.batch_tokens})
         for step in steps
     ]
     (run.path / "metrics.jsonl").write_text("\n".join(lines) + "\n")

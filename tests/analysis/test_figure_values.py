@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from analysis import ResultsData, fit, laws, load_results, optimum
-from analysis.plots import new_figure
+from analysis.plots import format_power, new_figure, share_frame
 from analysis.plots_fit import plot_fit
 from analysis.plots_savings import BaselineSize, plot_savings, savings_by_size
 from analysis.plots_shares import find_slice, loss_surface, plot_iso_loss, plot_share_at_size
@@ -234,3 +234,19 @@ def test_points_beside_a_law_keep_their_distance_from_it(product, adequate_fits)
     for points, D in zip(ax.collections, (1e8, 1e9)):
         N, drawn = points.get_offsets().T
         np.testing.assert_allclose(drawn, 1.01 * result.predict(N=N, D=D, R=4.0, P=0.5), rtol=1e-9)
+
+
+def test_the_frame_of_the_shares_holds_the_best_runs_and_leaves_the_worst_sizes_out():
+    best, losses = [2.64, 2.70, 2.78], np.array([2.64, 2.70, 2.78, 2.9, 4.0])
+    low, high = share_frame(best, losses)
+    assert low < 2.64 < 2.78 < 2.9 < high < 4.0
+    assert share_frame(best, losses[:4]) is None
+    assert share_frame([2.6, 2.6], losses) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(9.96e15, "$10^{16}$"), (1e16, "$10^{16}$"), (3.04e14, "$3{\\times}10^{14}$"), (2.5e-3, "$2.5{\\times}10^{-3}$")],
+)
+def test_a_mantissa_never_rounds_to_ten(value, text):
+    assert format_power(value) == text

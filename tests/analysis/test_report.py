@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from analysis import analyze, fit, laws, load_results
@@ -31,7 +32,7 @@ def demo_analysis(demo_frame, tmp_path_factory):
 def test_everything_promised_is_written(demo_analysis):
     out = demo_analysis.out_dir
     expected = [f"plots/{name}.{s}" for name in PLOTS for s in ("png", "svg")]
-    expected += [f"tables/flops_vs_accuracy.{s}" for s in ("csv", "md", "tex")]
+    expected += [f"tables/flops_vs_accuracy.{s}" for s in ("csv", "md", "tex")] + ["tables/realised_ratios.csv"]
     expected += ["fits/dense.json", "fits/dlcm.json", "summary.md", "report.html"]
     assert sorted(str(p.relative_to(out)) for p in demo_analysis.files) == sorted(expected)
     assert all((out / name).stat().st_size > 100 for name in expected)
@@ -298,3 +299,19 @@ def test_verbs_take_a_users_csv(run, verb, tmp_path):
     else:
         assert len(found["rows"]) == 24
         assert found["rows"][0]["params"] == pytest.approx(1e7)
+
+
+def test_of_many_runs_the_summary_tells_the_ends_of_each_target(tmp_path):
+    shares = (0.3, 0.4, 0.5, 0.6)
+    frame = make_frame([1e5, 5e5, 2e6], [3e11, 3e12], dense_sizes=[], ratios=(2.0, 4.0), shares=shares)
+    wide = frame["compression_target"] == 4.0
+    frame.loc[frame.index[wide][0], "tokens_per_concept"] = 4.4
+    frame.to_parquet(tmp_path / "results.parquet")
+    found = analyze(tmp_path / "results.parquet", tmp_path / "out", n_bootstrap=0)
+    n = int(wide.sum())
+    text = found.summary()
+    row = next(line for line in text.splitlines() if line.startswith(f"| 4.00 | {n} |"))
+    assert row.endswith(f"| 4.40 | {n - 1} |")
+    assert f"{2 * n - 1} of {2 * n} runs are held. tables/realised_ratios.csv has each of them." in text
+    each = pd.read_csv(found.out_dir / "tables" / "realised_ratios.csv")
+    assert list(each["held"]).count("NO") == 1
