@@ -16,6 +16,7 @@ from analysis.options import (
     ColumnsOption,
     DropOption,
     ExcludeOption,
+    NMeaning,
     OwnCost,
     Refits,
     Results,
@@ -183,6 +184,7 @@ def report_verb(
     vocab_size: Vocabulary = None,
     seq_len: Window = None,
     cost: OwnCost = None,
+    n: NMeaning = None,
     columns: ColumnsOption = None,
     where: WhereOption = None,
     exclude: ExcludeOption = None,
@@ -201,7 +203,7 @@ def report_verb(
     given = {"cost": cost, "vocab_size": vocab_size, "seq_len": seq_len}
     priced = find_prices(results, [], **given).training() if any(given.values()) else None  # pyright: ignore[reportArgumentType]
     with progress() as tell:
-        data = load(results, columns, where, exclude, drop)
+        data = load(results, columns, where, exclude, drop, n=n)
         found = analyze(
             results, folder, data=data, cost=priced, budget=budget, seed=seed, n_bootstrap=bootstrap, tell=tell
         )

@@ -75,7 +75,6 @@ def loss_vs_share(data: ResultsData) -> go.Figure | None:
                 color, marker = _SERIES[k % len(_SERIES)]
                 trace = _runs(at, at.P, at.loss, f"R = {ratio:g}", color, marker)
                 trace.marker.color = np.where(np.sort(~best), _faint(color), color).tolist()
-                trace.marker.size = np.where(np.sort(~best), 6, 9).tolist()
                 best_losses[i] += at.loss[: best.sum()].tolist()
                 trace.visible = i == first
                 figure.add_trace(trace)
@@ -97,7 +96,7 @@ def loss_vs_share(data: ResultsData) -> go.Figure | None:
 def _faint(color: str) -> str:
     """`#RRGGBB` as the same colour, mostly transparent."""
     red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.35)"
+    return f"rgba({red},{green},{blue},0.45)"
 
 
 def allocation(frontiers: Mapping[str, Frontier], name: str) -> go.Figure | None:
