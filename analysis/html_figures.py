@@ -73,8 +73,8 @@ def loss_vs_share(data: ResultsData) -> go.Figure | None:
                 best = best_of_each_share(at)
                 at = at.take(np.argsort(~best, kind="stable"))  # the legend shows the first point of a series
                 color, marker = _SERIES[k % len(_SERIES)]
-                trace = _runs(at, at.P, at.loss, f"R = {ratio:g}", color, marker)
-                trace.marker.color = np.where(np.sort(~best), _faint(color), color).tolist()
+                colors = np.where(np.sort(~best), _faint(color), color).tolist()
+                trace = _runs(at, at.P, at.loss, f"R = {ratio:g}", colors, marker)
                 best_losses[i] += at.loss[: best.sum()].tolist()
                 trace.visible = i == first
                 figure.add_trace(trace)
@@ -152,7 +152,7 @@ def _predicted(data: ResultsData, family: str, fit: FitResult) -> tuple[ResultsD
     return rows, np.asarray(fit.predict(**{name: rows.values(name) for name in names}), dtype=float)
 
 
-def _runs(rows: ResultsData, x: Array, y: Array, label: str, color: str, marker: str) -> go.Scatter:
+def _runs(rows: ResultsData, x: Array, y: Array, label: str, color: str | list[str], marker: str) -> go.Scatter:
     return go.Scatter(
         x=np.asarray(x).tolist(),
         y=np.asarray(y).tolist(),

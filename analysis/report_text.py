@@ -3,7 +3,7 @@
 import os
 import textwrap
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -101,12 +101,14 @@ def _ratios(analysis: "Analysis") -> list[str]:
 
 def _by_target(ratios: pd.DataFrame) -> pd.DataFrame:
     """One row a target: the ends of what its runs realised."""
-    groups = ratios.groupby("target R")
-    found = pd.DataFrame({"target R": list(groups.groups), "runs": groups.size().to_numpy()})
-    for kind in ("training", "evaluation"):
-        column = groups[f"{kind} R"]
-        found[f"least {kind} R"], found[f"largest {kind} R"] = column.min().to_numpy(), column.max().to_numpy()
-    return found.assign(held=groups["held"].apply(lambda held: int((held == "yes").sum())).to_numpy())
+    rows = []
+    for target in sorted(set(ratios["target R"])):
+        runs = ratios[ratios["target R"] == target]
+        row: dict[str, Any] = {"target R": target, "runs": len(runs)}
+        for kind in ("training R", "evaluation R"):
+            row |= {f"least {kind}": runs[kind].min(), f"largest {kind}": runs[kind].max()}
+        rows.append(row | {"held": list(runs["held"]).count("yes")})
+    return pd.DataFrame(rows)
 
 
 def _support(analysis: "Analysis") -> list[str]:
