@@ -27,6 +27,9 @@ OUTLYING = 5.0
 LEAST_SPARE = 10
 """Runs beyond the constants below which residuals say nothing of outliers: the law goes through too many of them."""
 SAME_FLOPS = 0.01
+_MOST_KINDS = 8
+_NAMES = ("run_id", "sweep", "model", "budget", "status", "device", "commit", "trunk", "lr_source")
+"""Columns of text that tell where a run is from, not what it is."""
 _NOTE, _WARNING, _ERROR = Severity.NOTE, Severity.WARNING, Severity.ERROR
 
 
@@ -68,6 +71,27 @@ def shared_runs(data: ResultsData) -> list[Finding]:
         return []
     text = f"{n_rows} rows come from {n_clusters} independent runs or trunks; they count as {n_clusters}, resampled together"
     return [Finding("shared_runs", _NOTE, text)]
+
+
+def mixed_kinds(data: ResultsData) -> list[Finding]:
+    """Runs that differ in what a law knows nothing of: another training set or boundary detector has a law of its own."""
+    found = []
+    for family, rows in _families(data):
+        sizes = find_levels(rows.N)[0]
+        for column in rows.frame.columns.difference(_NAMES):
+            if pd.api.types.is_numeric_dtype(rows.frame[column]):
+                continue
+            values = rows.frame[column].astype(str)
+            kinds = sorted(set(values))
+            # a name of the size, or of the run, says nothing new
+            is_name = len(set(zip(sizes, values))) == len(set(sizes)) or len(kinds) == len(rows)
+            if 1 < len(kinds) <= _MOST_KINDS and not is_name:
+                text = (
+                    f"{family}runs differ in {column} ({', '.join(kinds)}), and one law takes them for alike: "
+                    f"choose with --where \"{column} == '{kinds[0]}'\""
+                )
+                found.append(Finding("mixed_kinds", _WARNING, text))
+    return found
 
 
 def few_seeds(data: ResultsData) -> list[Finding]:
@@ -270,6 +294,7 @@ _OF_DATA: tuple[Callable[[ResultsData], list[Finding]], ...] = (
     missing_cells,
     narrow_span,
     shared_runs,
+    mixed_kinds,
     few_seeds,
     rate_at_edge,
     tuning_record,

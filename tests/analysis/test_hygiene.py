@@ -219,3 +219,18 @@ def test_a_fit_is_drawn_against_its_runs():
     N, loss = line.get_xdata(), line.get_ydata()
     D = min(data.D, key=lambda d: np.abs(result.predict(N=N, D=d) - loss).max())
     np.testing.assert_allclose(loss, result.predict(N=N, D=D), rtol=1e-6)
+
+
+def test_runs_of_several_training_sets_are_told_from_names_of_sizes_and_runs(tmp_path):
+    data = planted()
+    table = data.frame.assign(
+        N=data.N, D=data.D, loss=data.loss, run=[f"r{i}" for i in range(len(data))],
+        architecture=[f"w{n:.0f}" for n in data.N], training_set=[("web", "books")[(i + i // 6) % 2] for i in range(len(data))],
+    )  # fmt: skip
+    table.to_csv(tmp_path / "runs.csv", index=False)
+    found = {f.name: f.text for f in examine(load_results(tmp_path / "runs.csv"))}
+    assert "runs differ in training_set (books, web)" in found["mixed_kinds"]
+    assert "--where \"training_set == 'books'\"" in found["mixed_kinds"]
+    assert "architecture" not in found["mixed_kinds"]
+    chosen = load_results(tmp_path / "runs.csv").select("training_set == 'web'")
+    assert "mixed_kinds" not in names(examine(chosen))
