@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from analysis.design import count_runs
 from analysis.expect import Expected, Quantity
 from analysis.variations import Variation, most_telling
 
@@ -20,7 +21,7 @@ def format_expected(expected: Sequence[Expected]) -> str:
     for found in expected:
         lines += [
             "",
-            f"{_FAMILY[found.family]}, {found.n_runs} runs, prior: {found.prior.source}",
+            f"{_FAMILY[found.family]}, {count_runs(found.n_runs)}, prior: {found.prior.source}",
             f"  {found.law.equation}",
         ]
         lines += [f"  fitted with {change.describe()}" for change in found.law.changes]

@@ -191,9 +191,14 @@ def summary(analysis: "Analysis") -> list[dict[str, Any]]:
     for family in ("dlcm", "dense"):
         rows = data.of_family(family)
         if len(rows):
-            axes = [("sizes", rows.N), ("numbers of tokens", rows.D)]
-            axes += [("compression ratios", rows.R), ("backbone shares", rows.P)] if family == "dlcm" else []
-            values = ", ".join(f"{len(levels(v[v > 0].tolist()))} {name}" for name, v in axes)
+            axes = [("size", "sizes", rows.N), ("number of tokens", "numbers of tokens", rows.D)]
+            if family == "dlcm":
+                axes += [
+                    ("compression ratio", "compression ratios", rows.R),
+                    ("backbone share", "backbone shares", rows.P),
+                ]
+            counts = [(len(levels(v[v > 0].tolist())), one, many) for one, many, v in axes]
+            values = ", ".join(f"{n} {one if n == 1 else many}" for n, one, many in counts)
             asked.append(f"{count_runs(len(rows))} of {'DLCMs' if family == 'dlcm' else 'dense models'}: {values}.")
     answer = [
         f"{_VERDICTS[f]}, {analysis.optima[f].verdict}. {analysis.optima[f].report()}"

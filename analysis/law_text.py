@@ -50,7 +50,8 @@ def render(law: Law, *, latex: bool) -> str:
 def left_side(law: Law, *, latex: bool) -> str:
     """`L(N, D) = `."""
     left = "L" if law.target == "loss" else (rf"\mathrm{{{law.target.replace('_', ' ')}}}" if latex else law.target)
-    return f"{left}({', '.join(_input(i, latex) for i in law.inputs)}) = "
+    inputs = f"({', '.join(_input(i, latex) for i in law.inputs)})" if law.inputs else ""
+    return f"{left}{inputs} = "
 
 
 def _input(name: str, latex: bool) -> str:
