@@ -17,6 +17,8 @@ SOURCES := $(shell find dlcm flops sweeps analysis -name '*.py' -o -name '*.yaml
 TESTS := $(shell find tests benchmarks notebooks docs -type f -not -path '*/__pycache__/*' 2>/dev/null) README.md mkdocs.yml
 # One thread a worker: two tests beside each other gain more than one test on two threads.
 export OMP_NUM_THREADS ?= 1
+# Tests start hundreds of interpreters, which read byte code faster than they make it.
+unexport PYTHONDONTWRITEBYTECODE
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: setup demo test check lint fast docs clean

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from analysis.optimum import optimum as optimum
     from analysis.plots import new_figure as new_figure
     from analysis.plots import plot_loss_vs_compute as plot_loss_vs_compute
-    from analysis.plots import plot_loss_vs_share as plot_loss_vs_share
     from analysis.plots import plot_predicted_vs_measured as plot_predicted_vs_measured
     from analysis.plots import plot_realised_ratio as plot_realised_ratio
     from analysis.plots import save_figure as save_figure
     from analysis.plots_inside import load_inside as load_inside
     from analysis.plots_inside import plot_loss_by_position as plot_loss_by_position
     from analysis.plots_inside import plot_tokens_per_concept as plot_tokens_per_concept
+    from analysis.plots_shares import plot_loss_vs_share as plot_loss_vs_share
     from analysis.regret import regret as regret
     from analysis.report import Analysis as Analysis
     from analysis.report import analyze as analyze
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 _PLOTS = (
     "new_figure",
     "plot_loss_vs_compute",
-    "plot_loss_vs_share",
     "plot_predicted_vs_measured",
     "plot_realised_ratio",
     "save_figure",
@@ -65,6 +64,7 @@ lazy_exports(
         "compare_at_matched_compute": "analysis.compare",
         "ratio_table": "analysis.compare",
         **dict.fromkeys(_PLOTS, "analysis.plots"),
+        "plot_loss_vs_share": "analysis.plots_shares",
         "flops_vs_accuracy": "analysis.accuracy",
         **dict.fromkeys(("load_inside", "plot_loss_by_position", "plot_tokens_per_concept"), "analysis.plots_inside"),
         "format_table": "analysis.tables",

@@ -41,7 +41,7 @@ def draw_loss_vs_compute(context: FigureContext) -> Figure:
 
 def draw_loss_vs_share(context: FigureContext) -> Figure:
     """`loss_vs_share`, see `analysis.figures`."""
-    from analysis.plots import plot_loss_vs_share
+    from analysis.plots_shares import plot_loss_vs_share
 
     rows = _with_flops(context.rows("dlcm"))
     if np.ptp(rows.P) < SHARES_APART:

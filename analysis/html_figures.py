@@ -9,7 +9,8 @@ import plotly.graph_objects as go
 from analysis.data import ResultsData
 from analysis.design import SAME_BUDGET, find_levels, levels
 from analysis.frontier import Frontier
-from analysis.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILION, best_of_each_share, share_frame
+from analysis.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILION
+from analysis.plots_shares import best_of_each_share, share_frame
 from analysis.result import FitResult
 
 Array = np.ndarray

@@ -4,7 +4,6 @@ No global state: figures are made without pyplot, and sizes and colours are set 
 """
 
 import dataclasses
-import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -19,10 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from analysis.data import ResultsData, numeric_column
-from analysis.design import SAME_BUDGET, count_runs, find_levels, largest_level, levels
+from analysis.design import SAME_BUDGET, find_levels
 from analysis.frontier import Frontier, frontier
 from analysis.result import FitResult
-from analysis.search import Cost, tokens_for_budget
+from analysis.search import Cost
 from dlcm.errors import UserError
 
 Array = np.ndarray
@@ -53,8 +52,6 @@ FORMATS = (".png", ".svg", ".pdf")
 _GRID = "#E2E2E2"
 _MANY = 40
 """Points of a series at one place, from which they are drawn small."""
-_ROOM = 1.0
-"""Loss that is shown above the best runs of each share, in spans of these."""
 BAND_REFITS = 200
 """Bootstrap refits behind a band that is looked at, not read off."""
 
@@ -150,68 +147,6 @@ def plot_loss_vs_compute(
     return finish(ax, "training compute (FLOPs)", "validation loss (nats/token)", legend="top")
 
 
-def plot_loss_vs_share(
-    ax: Axes, data: ResultsData, *, budget: float | None = None, fit: FitResult | None = None, cost: Cost | None = None
-) -> Axes:
-    """Loss against the backbone share P, one series a target R, at one compute budget.
-
-    Where the budget was spent on several model sizes, the best size at each share is filled, and the line is the law's
-    least over the sizes in the data.
-
-    Args:
-        ax: where to draw.
-        data: results; the DLCM runs within 15% of the budget are shown.
-        budget: training FLOPs; the largest at which runs lie by default.
-        fit: draws the law at the budget, with D as the cost function and the budget leave it.
-        cost: training FLOPs, `cost(N, D, R, P)`.
-
-    Raises:
-        UserError: no DLCM run lies at the budget.
-    """
-    rows = data.dlcm
-    budget = budget or (largest_level(rows.C) if len(rows) else float("nan"))
-    rows = rows.take(np.abs(np.log(rows.C / budget)) < np.log(1.15))
-    if not len(rows):
-        raise UserError(f"{data.source}: no DLCM run within 15% of {budget:.3g} training FLOPs")
-    target = ratio_levels(rows)
-    sizes = np.geomspace(rows.N.min(), rows.N.max(), 41 if len(levels(rows.N)) > 1 else 1)
-    best_losses = []
-    for ratio, style in zip(np.unique(target), itertools.cycle(RUN_STYLES)):
-        at = rows.take(target == ratio)
-        best = best_of_each_share(at)
-        best_losses += at.loss[best].tolist()
-        ax.scatter(at.P[~best], at.loss[~best], s=11, alpha=0.6, **points_style(style, hollow=True), zorder=2)
-        ax.scatter(at.P[best], at.loss[best], s=20, **points_style(style), label=f"R = {ratio:g}", zorder=3)
-        if fit is not None and cost is not None:
-            shares, N = np.meshgrid(np.linspace(rows.P.min(), rows.P.max(), 60), sizes)
-            R = np.full_like(shares, np.median(at.R))
-            D = tokens_for_budget(cost, budget, N, R, shares)
-            line: dict[str, Any] = {"color": style["color"], "linestyle": style["linestyle"]}
-            ax.plot(shares[0], fit.predict(N=N, D=D, R=R, P=shares).min(axis=0), linewidth=1.1, **line)
-    ax.margins(x=0.08, y=0.12)
-    title = f"at {format_power(budget)} training FLOPs" + (
-        ", lines: fitted law" if fit is not None and cost is not None else ""
-    )
-    title += ", best size" if len(sizes) > 1 else ""
-    frame = share_frame(best_losses, rows.loss)
-    if frame is not None:
-        ax.set_ylim(*frame)
-        title += f"\n{count_runs(int(np.sum(rows.loss > frame[1])))} of other sizes lie above the frame"
-    return finish(ax, "backbone share P of the parameters", "validation loss (nats/token)", legend="top", title=title)
-
-
-def share_frame(best: Sequence[float], losses: Array) -> list[float] | None:
-    """Ends of the loss axis that show the best runs of each share; None where all runs lie close enough to them.
-
-    Wrong sizes can be far worse than any choice of P: beside them, what the figure is for would be a line.
-    """
-    least, most = min(best), max(best)
-    edge = most + _ROOM * (most - least)
-    if most == least or not np.any(losses > edge):
-        return None
-    return [least - 0.15 * (edge - least), edge]
-
-
 def plot_realised_ratio(ax: Axes, data: ResultsData, *, tolerance: float = 0.05) -> Axes:
     """Realised tokens per concept over the target, in training and at evaluation, with the band that counts as held."""
     rows = data.dlcm
@@ -294,18 +229,11 @@ def ratio_levels(rows: ResultsData) -> Array:
 
 def _best_of_each_budget(rows: ResultsData) -> Array:
     """Mask of the runs with the least loss among those of nearly the same training FLOPs."""
-    return _least_in_groups(rows.loss, find_levels(rows.C, SAME_BUDGET)[0])
+    return least_in_groups(rows.loss, find_levels(rows.C, SAME_BUDGET)[0])
 
 
-def best_of_each_share(rows: ResultsData, width: float = SHARES_APART) -> Array:
-    """Mask of the runs with the least loss among those of nearly the same share P."""
-    order = np.argsort(rows.P)
-    group = np.empty(len(rows), dtype=int)
-    group[order] = np.cumsum(np.diff(rows.P[order], prepend=rows.P[order][:1]) > width)
-    return _least_in_groups(rows.loss, group)
-
-
-def _least_in_groups(values: Array, group: Array) -> Array:
+def least_in_groups(values: Array, group: Array) -> Array:
+    """Mask of the values that are the least of their group."""
     least = {g: values[group == g].min() for g in set(group.tolist())}
     return np.array([v == least[g] for v, g in zip(values, group.tolist())], dtype=bool)
 

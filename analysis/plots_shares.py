@@ -1,7 +1,8 @@
-"""Figures over the share P and the ratio R: loss at equal tokens and at equal FLOPs, and lines of equal loss over both."""
+"""Figures over the share P and the ratio R: loss at a budget, at equal tokens, at equal FLOPs, and lines of equal loss."""
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -13,7 +14,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from analysis.allocation import allocate
 from analysis.data import ResultsData
-from analysis.design import levels
+from analysis.design import count_runs, largest_level, levels
 from analysis.optimum import Optimum
 from analysis.plots import (
     BLACK,
@@ -22,6 +23,7 @@ from analysis.plots import (
     VERMILION,
     finish,
     format_power,
+    least_in_groups,
     points_style,
     ratio_levels,
     ratio_ticks,
@@ -36,6 +38,8 @@ _SAME_SIZE = 1.3
 _SAME_TOKENS = 2.0
 """Runs of one size whose tokens differ by less are brought to one number of tokens along the law."""
 _SAME_BUDGET = 1.15
+_ROOM = 1.0
+"""Loss that is shown above the best runs of each share, in spans of these."""
 _LINES = 80
 _RISES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Nats above the least at which lines of equal loss may be drawn."""
@@ -223,3 +227,73 @@ def _draw_optimum(ax: Axes, best: Optimum) -> list[str]:
     for bar in drawn[2]:
         bar.set_path_effects([patheffects.withStroke(linewidth=2.6, foreground="white")])
     return unknown
+
+
+def plot_loss_vs_share(
+    ax: Axes, data: ResultsData, *, budget: float | None = None, fit: FitResult | None = None, cost: Cost | None = None
+) -> Axes:
+    """Loss against the backbone share P, one series a target R, at one compute budget.
+
+    Where the budget was spent on several model sizes, the best size at each share is filled, and the line is the law's
+    least over the sizes in the data.
+
+    Args:
+        ax: where to draw.
+        data: results; the DLCM runs within 15% of the budget are shown.
+        budget: training FLOPs; the largest at which runs lie by default.
+        fit: draws the law at the budget, with D as the cost function and the budget leave it.
+        cost: training FLOPs, `cost(N, D, R, P)`.
+
+    Raises:
+        UserError: no DLCM run lies at the budget.
+    """
+    rows = data.dlcm
+    budget = budget or (largest_level(rows.C) if len(rows) else float("nan"))
+    rows = rows.take(np.abs(np.log(rows.C / budget)) < np.log(1.15))
+    if not len(rows):
+        raise UserError(f"{data.source}: no DLCM run within 15% of {budget:.3g} training FLOPs")
+    target = ratio_levels(rows)
+    sizes = np.geomspace(rows.N.min(), rows.N.max(), 41 if len(levels(rows.N)) > 1 else 1)
+    best_losses = []
+    for ratio, style in zip(np.unique(target), itertools.cycle(RUN_STYLES)):
+        at = rows.take(target == ratio)
+        best = best_of_each_share(at)
+        best_losses += at.loss[best].tolist()
+        ax.scatter(at.P[~best], at.loss[~best], s=11, alpha=0.6, **points_style(style, hollow=True), zorder=2)
+        ax.scatter(at.P[best], at.loss[best], s=20, **points_style(style), label=f"R = {ratio:g}", zorder=3)
+        if fit is not None and cost is not None:
+            shares, N = np.meshgrid(np.linspace(rows.P.min(), rows.P.max(), 60), sizes)
+            R = np.full_like(shares, np.median(at.R))
+            D = tokens_for_budget(cost, budget, N, R, shares)
+            line: dict[str, Any] = {"color": style["color"], "linestyle": style["linestyle"]}
+            ax.plot(shares[0], fit.predict(N=N, D=D, R=R, P=shares).min(axis=0), linewidth=1.1, **line)
+    ax.margins(x=0.08, y=0.12)
+    title = f"at {format_power(budget)} training FLOPs" + (
+        ", lines: fitted law" if fit is not None and cost is not None else ""
+    )
+    title += ", best size" if len(sizes) > 1 else ""
+    frame = share_frame(best_losses, rows.loss)
+    if frame is not None:
+        ax.set_ylim(*frame)
+        title += f"\n{count_runs(int(np.sum(rows.loss > frame[1])))} of other sizes lie above the frame"
+    return finish(ax, "backbone share P of the parameters", "validation loss (nats/token)", legend="top", title=title)
+
+
+def share_frame(best: Sequence[float], losses: Array) -> list[float] | None:
+    """Ends of the loss axis that show the best runs of each share; None where all runs lie close enough to them.
+
+    Wrong sizes can be far worse than any choice of P: beside them, what the figure is for would be a line.
+    """
+    least, most = min(best), max(best)
+    edge = most + _ROOM * (most - least)
+    if most == least or not np.any(losses > edge):
+        return None
+    return [least - 0.15 * (edge - least), edge]
+
+
+def best_of_each_share(rows: ResultsData, width: float = SHARES_APART) -> Array:
+    """Mask of the runs with the least loss among those of nearly the same share P."""
+    order = np.argsort(rows.P)
+    group = np.empty(len(rows), dtype=int)
+    group[order] = np.cumsum(np.diff(rows.P[order], prepend=rows.P[order][:1]) > width)
+    return least_in_groups(rows.loss, group)

@@ -7,6 +7,16 @@ import pytest
 from dlcm.cli import main
 
 
+def pytest_collection_modifyitems(items):
+    """Of a test that is `many`, the first case is among the fast tests and the others are slow."""
+    seen = set()
+    for item in items:
+        if item.get_closest_marker("many") and (name := item.nodeid.partition("[")[0]) in seen:
+            item.add_marker(pytest.mark.slow)
+        elif item.get_closest_marker("many"):
+            seen.add(name)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """Tests neither read nor leave tokenized corpora in the user's cache."""

@@ -49,6 +49,7 @@ def test_imports_go_one_way(path):
     assert imported_by(path) & NEVER.get(package, set()) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", SOLE_IMPORTERS)
 def test_a_library_with_one_door_is_imported_there_alone(library):
     assert [relative(path) for path in FILES if library in imported_by(path)] == SOLE_IMPORTERS[library]

@@ -101,6 +101,7 @@ def test_a_tokenizer_that_does_not_match_the_shards_is_named_with_the_folder(dlc
     assert not (place / "run2" / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_a_torn_metrics_line_is_named_by_number_and_no_table_is_written(dlcm, place):
     path = write_sweep(place)
     assert dlcm("sweep", "submit", path, "--cluster", "debug")[0] == 0

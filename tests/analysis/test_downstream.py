@@ -44,6 +44,7 @@ def noisy(items=1000, seed=0, n=24, **truth) -> ResultsData:
 # -- the curve --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("errors", ["binomial", "equal"])
 def test_a_planted_sigmoid_is_recovered_to_1e_6(errors):
     curve = fit_downstream(planted(sigmoid), "quiz", chance=CHANCE, errors=errors, n_bootstrap=0)
@@ -87,6 +88,7 @@ def test_gradient_of_an_accuracy_law_equals_central_differences(link, errors):
             np.testing.assert_allclose(np.broadcast_to(several, (2, 20))[row], one, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.slow
 def test_the_least_squares_are_nearly_the_binomial_likelihood_of_runs_with_unequal_items():
     """Maximum likelihood by another optimiser, in accuracies, with the items of each run."""
     rng = np.random.default_rng(3)
@@ -111,6 +113,7 @@ def test_the_least_squares_are_nearly_the_binomial_likelihood_of_runs_with_unequ
     assert abs(unweighted - best[0]) > abs(found[0] - best[0])
 
 
+@pytest.mark.slow
 def test_scatter_is_measured_against_that_of_independent_items():
     assert fit_downstream(noisy(n=200), "quiz", chance=CHANCE, n_bootstrap=0).scatter == pytest.approx(1.0, abs=0.25)
     wide = noisy(n=200)
@@ -118,6 +121,7 @@ def test_scatter_is_measured_against_that_of_independent_items():
     assert fit_downstream(wide, "quiz", chance=CHANCE, n_bootstrap=0).scatter == pytest.approx(0.25, abs=0.07)
 
 
+@pytest.mark.slow
 def test_items_follow_from_the_standard_errors_of_the_harness():
     data = noisy(items=400)
     p = data.frame["acc_quiz"]
@@ -129,6 +133,7 @@ def test_items_follow_from_the_standard_errors_of_the_harness():
     assert found.fit.values == pytest.approx(told.fit.values, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_planted_accuracy_inside_the_data_and_below_it():
     """Sixty planted sets of 18 runs: 95% intervals miss 3 of 60 on average; 10 misses would have a chance of 0.1%."""
     at, misses = np.array([3.3, 2.65, 2.4]), np.zeros(3)
@@ -144,6 +149,7 @@ def test_intervals_cover_the_planted_accuracy_inside_the_data_and_below_it():
     assert misses.max() <= 9
 
 
+@pytest.mark.slow
 def test_a_ceiling_that_may_be_one_is_not_identified_and_its_interval_says_so():
     curve = fit_downstream(noisy(ceiling=1.0), "quiz", chance=CHANCE, n_bootstrap=200)
     assert curve.status is Status.NOT_IDENTIFIED
@@ -171,6 +177,7 @@ def test_errors_of_runs_of_one_trunk_are_drawn_as_alike_as_their_residuals_are()
     assert np.corrcoef(apart[:, 0], apart[:, 1])[0, 1] == pytest.approx(0.0, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_curve_survives_json(tmp_path):
     curve = fit_downstream(noisy(), "quiz", chance=CHANCE, n_bootstrap=20)
     curve.save(tmp_path / "curve.json")
@@ -183,6 +190,7 @@ def test_a_curve_survives_json(tmp_path):
         DownstreamFit.load(tmp_path / "other.json")
 
 
+@pytest.mark.slow
 def test_families_that_lie_on_different_curves_are_told_apart():
     loss = np.linspace(2.4, 4.0, 20)
     rng = np.random.default_rng(0)
@@ -194,6 +202,7 @@ def test_families_that_lie_on_different_curves_are_told_apart():
     assert fit_downstream(alike, "quiz", chance=CHANCE, n_bootstrap=0).notes == ()
 
 
+@pytest.mark.slow
 def test_a_form_that_does_not_hold_is_told_by_neighbours_that_err_alike_and_by_the_other_link():
     loss, rng = np.linspace(2.4, 5.0, 40), np.random.default_rng(0)
     truth = CHANCE + 9.2 * np.exp(-1.25 * loss)
@@ -224,6 +233,7 @@ def test_independent_errors_make_no_pattern(seed):
 # -- published figures ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("training_set", "task", "published"),
     [
@@ -278,6 +288,7 @@ def six_n_d(N, D, R, P):
     return 6 * N * D
 
 
+@pytest.mark.slow
 def test_without_noise_the_accuracy_at_a_budget_is_that_of_the_planted_optimum():
     data = sweep(noise=0.0)
     data.frame["acc_quiz"] = sigmoid(data.loss, midpoint=2.6, slope=2.5)
@@ -292,6 +303,7 @@ def test_without_noise_the_accuracy_at_a_budget_is_that_of_the_planted_optimum()
     assert found.interval is None
 
 
+@pytest.mark.slow
 def test_the_chain_interval_is_as_wide_as_sweeps_simulated_and_refitted_by_another_optimiser():
     """Independent Monte Carlo: 150 planted sweeps, both stages by scipy, accuracy at one N and D."""
     at = {"N": 6e9, "D": 6e10}
@@ -333,6 +345,7 @@ def test_the_chain_interval_is_as_wide_as_sweeps_simulated_and_refitted_by_anoth
     assert inside >= 5
 
 
+@pytest.mark.slow
 def test_the_chain_over_bits_per_byte_needs_a_law_of_the_bits_per_byte():
     data = sweep()
     data.frame["bpb_quiz"] = 0.4 * data.loss
@@ -350,6 +363,7 @@ def test_the_chain_over_bits_per_byte_needs_a_law_of_the_bits_per_byte():
     assert "right answer (bits/byte)" in chained.report()
 
 
+@pytest.mark.slow
 def test_a_prediction_says_how_far_it_lies_from_both_data():
     data = sweep()
     law, curve = fit(laws.CHINCHILLA, data, n_bootstrap=30), fit_downstream(data, "quiz", chance=CHANCE, n_bootstrap=30)
@@ -367,6 +381,7 @@ def test_a_prediction_says_how_far_it_lies_from_both_data():
 # -- what the data do not give, and bad input -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_accuracies_at_chance_identify_nothing():
     rng = np.random.default_rng(1)
     data = planted(rng.binomial(800, CHANCE, 20) / 800, n_quiz=800.0)
@@ -382,6 +397,7 @@ def test_accuracies_at_chance_identify_nothing():
     assert "not identified" in curve.report()
 
 
+@pytest.mark.slow
 def test_chance_and_items_are_read_from_columns_or_from_evaluation_records(tmp_path):
     data = noisy()
     data.frame["chance_quiz"] = 0.25
@@ -450,6 +466,7 @@ def test_two_runs_are_refused_and_three_hold_the_ceiling():
 # -- figure and verb --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_figure_shows_runs_curve_chance_and_predictions():
     data = sweep()
     law, curve = fit(laws.CHINCHILLA, data, n_bootstrap=30), fit_downstream(data, "quiz", chance=CHANCE, n_bootstrap=30)
@@ -466,6 +483,7 @@ def test_the_figure_shows_runs_curve_chance_and_predictions():
         plot_downstream(ax, task_data(data, "quiz", "bpb"), curve)
 
 
+@pytest.mark.slow
 def test_the_verb_prints_curve_and_chain_and_its_json_holds_the_same(run, tmp_path):
     data = sweep()
     frame = data.frame.assign(params=data.N, steps=data.D / 1e6, nll=data.loss).drop(columns=["run_id"])
@@ -504,6 +522,7 @@ def test_the_verb_prints_curve_and_chain_and_its_json_holds_the_same(run, tmp_pa
     assert "--chance" in err
 
 
+@pytest.mark.slow
 def test_the_verb_works_on_a_sweeps_own_results_for_both_families_and_both_sources(run, adequate_frame, write_results):
     frame = adequate_frame.copy()
     loss = frame["loss_nats"].to_numpy()

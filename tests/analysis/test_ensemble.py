@@ -28,6 +28,7 @@ def noisy() -> tuple[Problem, np.ndarray]:
     return problem, problem.target * np.exp(noise)
 
 
+@pytest.mark.slow
 def test_batched_refits_reach_the_objective_of_the_full_fit(noisy):
     problem, targets = noisy
     data = grid()

@@ -178,6 +178,7 @@ def test_the_same_seed_gives_the_same_intervals():
     assert first == again != other
 
 
+@pytest.mark.slow
 def test_what_one_share_cannot_tell_is_not_given_a_narrow_interval():
     # At one P the token and the concept term are two powers of the same N: nothing but their sum is seen.
     data = grid(P=(0.5,), R=(4,))
@@ -231,6 +232,7 @@ def test_each_change_has_the_runs_that_it_says():
     assert not [v for v in found.values() if v.refused]
 
 
+@pytest.mark.slow
 def test_a_value_in_a_list_block_is_not_added_but_said():
     entries = [{"size": s, "concept_share": 0.5, "compression_ratio": 4} for s in (1e6, 4e6, 16e6)]
     planned = plan(small_sweep(axes={"list": entries}))

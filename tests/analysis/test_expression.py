@@ -147,6 +147,7 @@ def test_derivatives_by_the_fitted_coordinates_are_right_for_one_and_for_many(te
         np.testing.assert_allclose(np.broadcast_to(many[i], (2, len(problem)))[0], partial, rtol=1e-12)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("text", "bounds", "by_hand", "values"), FORMS[:4], ids=[f[0] for f in FORMS[:4]])
 def test_a_planted_formula_is_recovered_to_1e_6(text, bounds, by_hand, values):
     result = fit(laws.from_expression(text, bounds), grid(by_hand), n_bootstrap=0)
@@ -208,6 +209,7 @@ def test_a_formula_that_is_not_finite_on_the_data_names_the_run():
 # -- the fit -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_chinchilla_as_an_expression_has_the_minimum_of_the_law_and_its_bootstrap():
     data = grid(chinchilla_loss, noise=0.005)
     own, built_in = (fit(law, data, n_bootstrap=200) for law in (custom(), laws.CHINCHILLA))
@@ -220,6 +222,7 @@ def test_chinchilla_as_an_expression_has_the_minimum_of_the_law_and_its_bootstra
         np.testing.assert_allclose(*ends, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_chinchilla_as_an_expression_reaches_the_published_minimum():
     result = fit(custom(), epoch_data(), n_bootstrap=0)
     assert result.status is Status.CERTIFIED
@@ -227,6 +230,7 @@ def test_chinchilla_as_an_expression_reaches_the_published_minimum():
     assert result.objective == pytest.approx(fit(laws.CHINCHILLA, epoch_data(), n_bootstrap=0).objective, rel=1e-8)
 
 
+@pytest.mark.slow
 def test_centring_takes_an_amplitude_and_its_exponent_apart():
     data = grid(chinchilla_loss, noise=0.005)
     bounded = laws.from_expression(CHINCHILLA, {**BOUNDS, "A": (1, 1e5), "B": (1, 1e6)})
@@ -235,6 +239,7 @@ def test_centring_takes_an_amplitude_and_its_exponent_apart():
     assert results[0].condition < 0.5 * results[1].condition
 
 
+@pytest.mark.slow
 def test_bounds_hold_and_are_reported():
     law = laws.from_expression(CHINCHILLA, {**BOUNDS, "A": (1, 100), "beta": (0.5, 3)})
     result = fit(law, grid(chinchilla_loss, noise=0.005), n_bootstrap=50)
@@ -245,6 +250,7 @@ def test_bounds_hold_and_are_reported():
     assert result.replicates[:, column].max() <= 100 * (1 + 1e-9)
 
 
+@pytest.mark.slow
 def test_a_fit_of_an_expression_is_read_back(tmp_path):
     law = laws.from_expression(CHINCHILLA, {**BOUNDS, "E": (0, None)}, name="mine", family=None, source="a note")
     for changed in (law, law.fix(alpha=0.35), law.tie(beta="alpha")):
@@ -328,6 +334,7 @@ def run(*words: str):
     return CliRunner().invoke(app, list(words))
 
 
+@pytest.mark.slow
 def test_the_command_fits_an_expression_and_a_file(tmp_path):
     data, table = grid(chinchilla_loss, noise=0.002), tmp_path / "runs.csv"
     data.frame.assign(n=data.N, d=data.D, loss=data.loss).to_csv(table, index=False)

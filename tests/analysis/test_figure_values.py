@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from analysis import ResultsData, fit, laws, load_results, optimum
-from analysis.plots import format_power, new_figure, share_frame
+from analysis.plots import format_power, new_figure
 from analysis.plots_fit import plot_fit
 from analysis.plots_savings import BaselineSize, plot_savings, savings_by_size
-from analysis.plots_shares import find_slice, loss_surface, plot_iso_loss, plot_share_at_size
+from analysis.plots_shares import find_slice, loss_surface, plot_iso_loss, plot_share_at_size, share_frame
 from analysis.plots_training import RatioCurve, load_ratio_curves, plot_decay_gain, plot_ratio_over_training
 from analysis.savings import Savings
 from dlcm.errors import UserError
@@ -119,6 +119,7 @@ def test_with_one_ratio_there_is_no_surface(adequate_fits):
         loss_surface(one, cost, 3e12)
 
 
+@pytest.mark.slow
 def test_savings_by_size_are_those_of_a_grid_search(adequate_fits):
     dlcm, dense = adequate_fits["dlcm"], adequate_fits["dense"]
     found = savings_by_size(dlcm, dense, cost, [3e12, 3e13, 1e14])

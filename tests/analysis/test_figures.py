@@ -88,6 +88,7 @@ def figures(context) -> Callable:
     return functools.cache(lambda name: drawn(context, name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_is_drawn_whole_without_a_warning_and_with_units(context, figures, name, tmp_path):
     figure = figures(name)
@@ -115,6 +116,7 @@ def test_every_figure_is_drawn_whole_without_a_warning_and_with_units(context, f
     assert facts["shows"] == name
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", FIGURES)
 def test_series_are_told_apart_without_colour(figures, name):
     """The entries of a legend, as black and white pixels: no two have the same ones."""
@@ -183,6 +185,7 @@ def own_table(tmp_path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_all_that_the_data_allow_are_drawn_and_the_others_have_a_reason(run, own_table, tmp_path):
     code, out, err = run("plot", own_table, "--figure", "all", "-o", tmp_path / "p", "--bootstrap", 0, "--json")
     assert code == 0, err
@@ -195,6 +198,7 @@ def test_all_that_the_data_allow_are_drawn_and_the_others_have_a_reason(run, own
     assert {file.name for file in (tmp_path / "p").iterdir()} == {Path(f).name for f in found["files"]} == made
 
 
+@pytest.mark.slow
 def test_a_figure_by_name_is_drawn_to_the_file_that_is_named(run, own_table, tmp_path):
     code, out, _ = run("plot", own_table, "--figure", "residuals", "-o", tmp_path / "r.pdf", "--bootstrap", 0)
     assert code == 0
@@ -206,6 +210,7 @@ def test_a_figure_by_name_is_drawn_to_the_file_that_is_named(run, own_table, tmp
     assert len(json.loads(out)["files"]) == 4
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -256,6 +261,7 @@ def test_the_gallery_lists_every_figure_with_a_function_that_exists():
         assert next(iter(inspect.signature(getattr(import_module(module), name)).parameters)) == "ax"
 
 
+@pytest.mark.slow
 def test_what_figures_share_is_found_once(context, monkeypatch):
     families, frontier = (import_module(f"analysis.{name}") for name in ("families", "frontier"))
     told: list[str] = []

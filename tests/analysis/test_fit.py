@@ -100,6 +100,7 @@ def test_epoch_data_with_the_outliers_give_the_published_other_answer():
         assert result.values[name] == pytest.approx(value, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_epoch_intervals_are_the_published_ones():
     result = fit(laws.CHINCHILLA, epoch_data(), n_bootstrap=4000)
     published = {
@@ -161,6 +162,7 @@ def test_a_false_convergence_is_left_behind():
     assert minimise(problem, theta)[1] >= value * (1 - 1e-6)
 
 
+@pytest.mark.slow
 def test_the_demo_design_yields_no_bare_number(demo_frame, write_results):
     data = load_results(write_results(demo_frame))
     dlcm = fit(laws.COMPRESSION_AWARE, data, n_bootstrap=40)
@@ -198,6 +200,7 @@ def test_fewer_runs_than_constants_is_said_and_still_predicts(demo_frame, write_
     assert np.isfinite(result.predict(N=data.N, D=data.D)).all()
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("n", [1, 2, 4, 5])
 def test_any_number_of_runs_gives_a_result(demo_frame, write_results, n):
     data = load_results(write_results(demo_frame[demo_frame["model"] == "dlcm"].head(n)))
@@ -231,6 +234,7 @@ def test_a_term_that_the_data_deny_is_flagged_as_a_bound_hit():
     assert not result.sound
 
 
+@pytest.mark.slow
 def test_resampling_is_by_run_not_by_row():
     N, D = np.array(np.meshgrid([1e7, 1e8, 1e9, 1e10], [1e9, 1e10, 1e11])).reshape(2, -1)
     truth = {"E": 1.8, "A": 480.0, "alpha": 0.35, "B": 2100.0, "beta": 0.37}
@@ -243,6 +247,7 @@ def test_resampling_is_by_run_not_by_row():
     assert spans[1] > 0.75 * spans[0]
 
 
+@pytest.mark.slow
 def test_a_fit_survives_json(tmp_path, demo_frame, write_results):
     result = fit(laws.COMPRESSION_AWARE, load_results(write_results(demo_frame)), n_bootstrap=5)
     result.save(tmp_path / "fit.json")
@@ -253,6 +258,7 @@ def test_a_fit_survives_json(tmp_path, demo_frame, write_results):
     np.testing.assert_array_equal(again.predict(N=9e5, D=3e5, R=3.0, P=0.5), result.predict(N=9e5, D=3e5, R=3.0, P=0.5))
 
 
+@pytest.mark.slow
 def test_json_carries_no_bare_number_where_nothing_is_identified(demo_frame, write_results):
     data = fit(laws.COMPRESSION_AWARE, load_results(write_results(demo_frame)), n_bootstrap=5).to_dict()
     unknown = [p for p in data["parameters"] if p["status"] == "not_identified"]
@@ -260,6 +266,7 @@ def test_json_carries_no_bare_number_where_nothing_is_identified(demo_frame, wri
     assert all(p["value"] is None for p in unknown)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_fit(demo_frame, write_results):
     data = load_results(write_results(demo_frame))
     first, second = (fit(laws.CHINCHILLA, data, n_bootstrap=5, seed=3) for _ in range(2))

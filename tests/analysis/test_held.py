@@ -9,6 +9,7 @@ from tests.analysis.test_fit import PLANTED, grid_data
 TRUTH = {"E": 1.8, "A": 480.0, "alpha": 0.35, "B": 2100.0, "beta": 0.37}
 
 
+@pytest.mark.slow
 def test_a_held_floor_and_held_offsets_keep_their_value_in_nats_parameters_and_tokens():
     N, D = np.array(np.meshgrid([1e7, 1e8, 1e9], [1e9, 1e10, 1e11])).reshape(2, -1)
     data = ResultsData.from_arrays(N=N, D=D, loss=laws.CHINCHILLA.predict(TRUTH, N=N, D=D))

@@ -16,6 +16,7 @@ from analysis.search import Search
 from tests.analysis.conftest import PLANTED_DLCM, cost
 
 BUDGETS = np.geomspace(1e12, 1e14, 3)
+pytestmark = pytest.mark.slow  # one report for all of them
 
 
 @pytest.fixture(scope="module")

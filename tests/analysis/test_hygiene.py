@@ -143,6 +143,7 @@ def test_errors_come_before_warnings_and_notes():
     assert order == sorted(order, key=["error", "warning", "note"].index)
 
 
+@pytest.mark.slow
 def test_one_law_under_both_conventions_has_its_exponents_side_by_side(adequate_frame, write_results):
     data = load_results(write_results(adequate_frame)).dense
     both = both_conventions(laws.CHINCHILLA, data, n_bootstrap=30)

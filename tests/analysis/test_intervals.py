@@ -69,6 +69,7 @@ def test_weights_have_the_mean_and_the_variance_that_make_up_for_the_constants()
     assert weights.var(axis=0).mean() == pytest.approx(39 / (40 * 32 / 40 + 1), rel=0.03)
 
 
+@pytest.mark.slow
 def test_runs_of_one_trunk_get_one_weight_and_widen_the_interval():
     """Four branches of a trunk that share its error are one observation of it."""
     rng = np.random.default_rng(2)
@@ -89,6 +90,7 @@ def test_runs_of_one_trunk_get_one_weight_and_widen_the_interval():
     assert widths[1] > 1.2 * widths[0]
 
 
+@pytest.mark.slow
 def test_the_seed_alone_decides_the_replicates_however_many_threads_there_are(monkeypatch):
     first = fit(laws.CHINCHILLA, planted(), n_bootstrap=300, seed=4).replicates
     monkeypatch.setattr("analysis.ensemble.n_processors", lambda: 1)
@@ -114,6 +116,7 @@ def with_offsets(noise=0.003, **offsets) -> tuple[Problem, np.ndarray]:
     return problem, problem.theta(fit(law, data, loss="log_mse", n_bootstrap=0, reduce=False).values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("planted_offsets", "may_be_zero"),
     [({}, {"t_t", "t_c", "t_d"}), ({"t_d": 3e9}, {"t_t", "t_c"}), ({"t_t": 3e8, "t_c": 3e8, "t_d": 3e9}, set())],
@@ -134,6 +137,7 @@ def test_offsets_that_may_be_zero_are_those_that_an_f_test_by_another_optimiser_
         assert f < stats.f.ppf(0.95, len(may_be_zero), spare)
 
 
+@pytest.mark.slow
 def test_where_an_offset_may_be_zero_half_of_the_refits_hold_it_there():
     clusters = [str(i) for i in range(108)]
     problem, theta = with_offsets()

@@ -187,6 +187,7 @@ def best_on_line(C, *, over="N", **held):
     return float(np.exp(found) if over == "N" else found)
 
 
+@pytest.mark.slow
 def test_profiles_hold_r_and_p_and_find_the_best_size_of_each():
     data = dlcm_sweep()
     result = fit(laws.COMPRESSION_AWARE.fix(t_t=0, t_c=0, t_d=0), data, n_bootstrap=0)
@@ -207,6 +208,7 @@ def test_profiles_hold_r_and_p_and_find_the_best_size_of_each():
     assert found["N"].n_vertices == len(ok)
 
 
+@pytest.mark.slow
 def test_profiles_over_p_find_the_best_share_of_each_size():
     P = np.linspace(0.15, 0.85, 8)
     C, N, P = (v.ravel() for v in np.meshgrid([1e14, 3e14, 1e15, 3e15], [1e6, 2e6], P, indexing="ij"))
@@ -324,6 +326,7 @@ def test_residuals_are_scaled_by_the_leverage_of_weighted_least_squares():
     np.testing.assert_allclose(scaled, (y - hat @ y) / (1 - np.diag(hat)), atol=1e-8)
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_planted_vertices_and_exponent():
     hits = {"vertex": [], "exponent": []}
     for seed in range(60):
@@ -373,6 +376,7 @@ def checked(data, law=laws.CHINCHILLA, **options):
     return check_against(isoflop(data, **options), data, fit(law, data, n_bootstrap=0))
 
 
+@pytest.mark.slow
 def test_a_true_law_agrees_and_its_own_optimum_is_the_closed_form():
     found = checked(planted(noise=0.002, seed=1), n_bootstrap=300)
     check = found.check
@@ -432,6 +436,7 @@ def test_a_law_that_does_not_hold_is_said_to_disagree_and_where():
     assert "1 of 4 budgets differ beyond sampling, most 1e+18 FLOPs" in check.text
 
 
+@pytest.mark.slow
 def test_a_fit_of_other_runs_or_without_tokens_is_not_compared():
     data = planted(noise=0.002)
     found = isoflop(data, n_bootstrap=20)
@@ -444,6 +449,7 @@ def test_a_fit_of_other_runs_or_without_tokens_is_not_compared():
         check_against(found, data, without_tokens)
 
 
+@pytest.mark.slow
 def test_published_runs_give_the_published_exponent_by_profiles():
     """Hoffmann et al. 2022, table 2: isoFLOP profiles give 0.49 (0.462, 0.534); the surface of these points gives 0.514."""
     found = checked(epoch_data(), n_bootstrap=300)
@@ -478,6 +484,7 @@ def test_the_plots_show_every_run_and_each_vertex():
         plot_isoflop(ax, found, held={"R": 3.0})
 
 
+@pytest.mark.slow
 def test_the_verb_isoflop_prints_text_or_json_and_draws(run, write_results, tmp_path):
     data = planted(noise=0.002)
     frame = pd.DataFrame({"params": data.N, "flops": data.C, "loss": data.loss})
@@ -498,6 +505,7 @@ def test_the_verb_isoflop_prints_text_or_json_and_draws(run, write_results, tmp_
     assert "--tolerance" in error
 
 
+@pytest.mark.slow
 def test_the_verb_isoflop_takes_each_family_of_a_sweep(run, write_results, adequate_frame):
     path = write_results(adequate_frame)
     code, text, error = run("isoflop", path, "--bootstrap", "50", "--json", "--tolerance", "0.1")

@@ -144,6 +144,7 @@ def seeds(n: int, noise: float, exponent: float = 0.0, seed: int = 0) -> pd.Data
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_seeds", [1, 3])
 def test_the_interval_of_the_best_rate_covers_the_planted_one(n_seeds):
     """60 sweeps of three sizes: of 180 intervals of 95%, 160 hold it or more (binomial: in all but 0.03% of cases)."""

@@ -124,6 +124,7 @@ def test_bounds_hold_the_search_and_limits_the_distance(run, my_fit):
     assert run(*far, "--limit", 3)[0] == run(*far, "--force")[0] == 0
 
 
+@pytest.mark.slow
 def test_sweeps_results_are_priced_by_their_shapes_and_compared_with_dense(run, adequate_fits, tmp_path):
     files = []
     for family, result in adequate_fits.items():
@@ -232,6 +233,7 @@ def test_what_cannot_be_answered_is_one_line_with_the_way_out(run, my_fit, optio
     assert words in errors[0]
 
 
+@pytest.mark.slow
 def test_models_without_a_price_are_told_every_way_out(run, mine, my_fit, adequate_frame, write_results):
     code, _, err = run("optimum", mine, *MAPPED)
     assert code == 2
@@ -251,6 +253,7 @@ def test_models_without_a_price_are_told_every_way_out(run, mine, my_fit, adequa
     assert "are not here" in run("optimum", path.with_name("fit.json"), "--vocab-size", VOCABULARY)[2]
 
 
+@pytest.mark.slow
 def test_report_and_plot_take_a_users_cost_too(run, mine, tmp_path):
     with_flops = ("--columns", "N=params,D=seen,loss=val_loss,C=6*N*D")
     for verb, more in (("report", ()), ("plot", ("--figure", "loss_vs_compute"))):

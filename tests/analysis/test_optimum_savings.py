@@ -60,6 +60,7 @@ def lifetime_flops(loss, v):
     return np.exp(np.interp(-loss, -along, np.log(total)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["training", "inference", "lifetime"])
 def test_savings_and_their_interval_are_those_of_the_closed_form(dense_fit, kind):
     tokens = 6e10 if kind == "inference" else None

@@ -85,6 +85,7 @@ def relative_errors(design: str, noise: float, names) -> dict[str, float]:
 # -- which of the eleven constants it gives -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_number_of_tokens_leaves_four_constants_without_information_whatever_the_noise():
     names = list(TRUTH)
     J = relative_information("one number of tokens", names)
@@ -104,6 +105,7 @@ def test_one_number_of_tokens_leaves_four_constants_without_information_whatever
         assert exact.values[name] == pytest.approx(TRUTH[name], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("noise", "given"), [(0.01, set()), (0.001, {"A_c", "g", "d2"}), (0.0001, {"A_t", "d1", "A_c", "g", "d2"})]
 )
@@ -130,6 +132,7 @@ def test_the_report_names_the_constants_that_fisher_information_leaves_out(noise
         assert all(p.value is None for p in result.parameters if p.name == name and p.status != "held")
 
 
+@pytest.mark.slow
 def test_one_number_of_flops_is_judged_by_the_information_of_the_law_that_is_left():
     design, noise = "one number of FLOPs", 0.0015
     names = ["E0", "A_t", "d1", "A_c", "g", "d2", "A_d", "a"]
@@ -149,6 +152,7 @@ def test_one_number_of_flops_is_judged_by_the_information_of_the_law_that_is_lef
 # -- told to extrapolate ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_other_tokens_do_is_refused_where_the_runs_hold_one_number_of_them():
     result = fitted("one number of tokens", 0.003, 0)
     # the naive way: the fitted law knows no tokens, and its prediction for ten times as many is that for as many
@@ -174,6 +178,7 @@ def test_what_other_tokens_do_is_refused_where_the_runs_hold_one_number_of_them(
     assert low < float(equation_22(TRUTH, **MIDDLE)) < high
 
 
+@pytest.mark.slow
 def test_savings_are_refused_where_the_dense_runs_hold_one_number_of_tokens():
     sizes = np.geomspace(1e8, 2e9, 7)
     loss = 1.8 + 475 / sizes**0.335 + 2000 / TOKENS**0.366
@@ -190,6 +195,7 @@ def test_savings_are_refused_where_the_dense_runs_hold_one_number_of_tokens():
         savings(dataclasses.replace(best, tokens=None), dense, cost())
 
 
+@pytest.mark.slow
 def test_larger_models_of_the_same_tokens_are_predicted_with_intervals_that_hold():
     hits = []
     for seed in range(5):

@@ -93,6 +93,7 @@ def test_01_an_optimiser_that_reports_success_has_stopped_at_its_second_step():
     assert drop_ahead(problem, theta) > 1e4 * SAME * problem.scaled_objective(theta)[0]
 
 
+@pytest.mark.slow
 def test_02_single_starts_end_in_valleys_and_all_of_them_report_success():
     law, data = laws.COMPRESSION_AWARE, grid_data(laws.COMPRESSION_AWARE, PLANTED, noise=0.003)
 
@@ -175,6 +176,7 @@ def test_04_a_floor_of_zero_predicts_the_next_size_wrong_and_is_not_extrapolated
 # -- 5 to 9: what the answer depends on -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_05_five_losses_of_245_move_the_exponent_out_of_its_interval_and_the_drop_curve_shows_it():
     everything, kept = epoch_data(n_dropped=0), epoch_data()
     naive = fit(laws.CHINCHILLA, everything, n_bootstrap=0)
@@ -191,6 +193,7 @@ def test_05_five_losses_of_245_move_the_exponent_out_of_its_interval_and_the_dro
     assert "left out     5 among the 5 largest losses" in recorded.report()
 
 
+@pytest.mark.slow
 def test_06_the_delta_of_the_loss_moves_the_exponent_and_the_spread_stands_beside_the_interval():
     data = epoch_data()
     by_delta = {delta: exponent(fit(laws.CHINCHILLA, data, delta=delta, n_bootstrap=0)) for delta in (1e-5, 1.0)}
@@ -204,6 +207,7 @@ def test_06_the_delta_of_the_loss_moves_the_exponent_and_the_spread_stands_besid
     assert "beta" in warned(ours.findings)["loss_choice"]
 
 
+@pytest.mark.slow
 def test_07_a_hold_out_error_of_one_percent_says_nothing_of_the_allocation():
     choice = choose(["chinchilla"], epoch_data(), cuts=(1e20, 3e20, 1e21), n_bootstrap=60, n_draws=0)
     naive = [np.mean(np.abs(np.log(np.array(h.predicted) / h.measured))) for h in choice.chosen.holdouts]
@@ -265,6 +269,7 @@ def test_08_a_curve_without_a_vertex_has_a_lowest_run_and_is_refused():
     assert down.reason
 
 
+@pytest.mark.slow
 def test_09_exponents_without_embeddings_are_no_exponents_with_them():
     """Embeddings of 47,491 N^(1/3) parameters (Pearce and Song 2024) beside a law of all parameters."""
     N, D = grid(np.geomspace(1e3, 3e5, 8), np.geomspace(1e7, 3e10, 8))
@@ -306,6 +311,7 @@ def test_10_a_budget_of_6nd_forgets_the_head_and_is_overspent_threefold():
     assert "six_n_d" not in {f.name for f in examine(data)}
 
 
+@pytest.mark.slow
 def test_10_a_warm_up_that_is_long_beside_the_run_bends_the_exponents():
     N, D = grid(np.geomspace(1e7, 1e9, 6), np.geomspace(3e8, 3e10, 7))
     errors = np.random.default_rng(0).normal(0, 0.002, len(N))
@@ -350,6 +356,7 @@ def test_12_an_interval_of_a_thousandth_would_have_taken_half_a_million_runs():
     assert "bootstrap by run" in ours.report()
 
 
+@pytest.mark.slow
 def test_13_checkpoints_taken_for_runs_give_intervals_that_miss():
     law, misses, widths = laws.CHINCHILLA, np.zeros(2), np.zeros(2)
     for seed in range(12):
@@ -374,6 +381,7 @@ def test_13_checkpoints_taken_for_runs_give_intervals_that_miss():
     assert "fewer than two seeds at N" in noted["few_seeds"]
 
 
+@pytest.mark.slow
 def test_14_a_law_of_the_survivors_describes_the_survivors_and_the_report_says_who_is_missing(tmp_path, run):
     N, D, seed = grid(np.geomspace(1e7, 1e9, 6), np.geomspace(3e8, 3e10, 6), [0, 1, 2])
     errors = np.random.default_rng(0).normal(0, 0.02, len(N))
@@ -459,6 +467,7 @@ def test_16_constants_alone_cannot_be_checked_and_the_card_can(tmp_path):
     assert again.values == FitResult.load(tmp_path / "fit.json").values
 
 
+@pytest.mark.slow
 def test_17_six_models_over_one_decade_give_any_exponent_and_are_warned_about():
     found, given = [], 0
     for seed in range(10):
@@ -489,6 +498,7 @@ def test_17_six_models_over_one_decade_give_any_exponent_and_are_warned_about():
 # -- all of them reach the user ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_warning_is_in_the_report_of_a_fit_and_in_its_json(run, tmp_path):
     N, D, rate = grid(np.geomspace(1e7, 2e8, 5), np.geomspace(3e8, 3e9, 4), [1e-3, 2e-3])
     loss = true_loss(N, D) * np.exp(np.random.default_rng(0).normal(0, 0.003, len(N)) + 0.02 * np.log(rate / 8e-3) ** 2)

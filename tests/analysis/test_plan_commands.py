@@ -80,6 +80,7 @@ def test_an_earlier_fit_is_the_prior_of_its_family(dlcm, sweep_file, fit_file):
     assert dense["prior"]["noise"] == pytest.approx(0.003, rel=0.3)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("options", "words"),
     [

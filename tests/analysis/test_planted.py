@@ -58,12 +58,14 @@ def test_every_law_is_planted():
     assert set(BY_LAW) == set(laws.ALL) == set(VALUES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*laws.ALL, *REDUCED])
 def test_planted_laws_without_noise_are_recovered_to_1e_6(name):
     law = laws.get(name)
     assert_recovered(law, grid(law, planted_values(law), **BY_LAW[law.name]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["log_huber", "log_mse", "mse"])
 def test_all_eleven_constants_of_planted_eq_22_are_recovered_under_every_loss(loss):
     law = laws.COMPRESSION_AWARE

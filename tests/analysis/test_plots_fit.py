@@ -90,6 +90,7 @@ def test_correlations_are_those_of_scipys_covariance():
     assert len(ax.texts) == 20
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("by", ["C", "N", "D", "loss"])
 def test_residuals_are_measured_over_predicted_and_their_means_show_a_pattern(by):
     for misfit, shows in ((0.0, False), (0.003, True)):
@@ -124,6 +125,7 @@ def test_residuals_fall_back_to_n_where_flops_are_not_known_and_refuse_other_con
         plot_residuals(ax, other, result)
 
 
+@pytest.mark.slow
 def test_a_profile_is_drawn_with_both_intervals_and_says_when_the_constant_is_not_identified():
     problem, theta, result = minimum(planted())
     _, ax = new_figure()
@@ -162,6 +164,7 @@ def test_a_law_of_another_target_is_drawn_too():
     np.testing.assert_allclose(measured, gain, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_verb_fit_draws_its_figure_and_refuses_a_file_that_is_none(run, write_results, demo_frame, tmp_path):
     path = write_results(demo_frame)
     options = ["fit", path, "--law", "chinchilla", "--bootstrap", "10"]

@@ -94,6 +94,7 @@ def test_records_are_read_from_a_run_or_a_sweep_in_the_order_of_their_targets(tm
     assert save_figure(figure, tmp_path / "figure.svg").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_what_cannot_be_drawn_is_refused_with_the_way_out(tmp_path):
     _, ax = new_figure()
     with pytest.raises(UserError, match="no run has inside.json.*--validation"):

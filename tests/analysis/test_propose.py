@@ -93,6 +93,7 @@ def test_the_gradient_of_the_optimum_is_how_far_it_moves():
         np.testing.assert_allclose(gradient[:, i], moved, rtol=0.03, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_chosen_set_beats_random_sets_of_equal_cost():
     prior, candidates = default_prior(), grid(M=(10, 20, 40, 80, 160), P=(0.3, 0.4, 0.5, 0.6, 0.7))
     law = prior.law.fix(t_t=0, t_c=0, t_d=0)
@@ -150,6 +151,7 @@ def test_a_proposal_says_what_was_chosen_and_beside_what(proposal):
     assert told["grid"]["n_runs"] == 81
 
 
+@pytest.mark.slow
 def test_more_budget_never_blurs_the_choice():
     prior, candidates = default_prior(), grid()
     law = prior.law.fix(t_t=0, t_c=0, t_d=0)

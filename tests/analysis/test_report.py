@@ -11,7 +11,8 @@ import pytest
 from analysis import analyze, fit, laws, load_results
 from analysis.compare import compare_at_matched_compute, ratio_table, seed_noise
 from analysis.design import describe_support, levels
-from analysis.plots import new_figure, plot_loss_vs_compute, plot_loss_vs_share, plot_realised_ratio, save_figure
+from analysis.plots import new_figure, plot_loss_vs_compute, plot_realised_ratio, save_figure
+from analysis.plots_shares import plot_loss_vs_share
 from dlcm.errors import UserError
 from tests.analysis.conftest import PLANTED_DENSE, PLANTED_DLCM, cost, make_frame
 
@@ -38,6 +39,7 @@ def test_everything_promised_is_written(demo_analysis):
     assert all((out / name).stat().st_size > 100 for name in expected)
 
 
+@pytest.mark.slow
 def test_the_summary_says_what_so_few_runs_cannot_say(demo_analysis):
     text = demo_analysis.summary()
     assert (demo_analysis.out_dir / "summary.md").read_text() == text + "\n"
@@ -56,6 +58,7 @@ def test_the_summary_says_what_so_few_runs_cannot_say(demo_analysis):
     assert not any("nan" in line.split() for line in text.splitlines())
 
 
+@pytest.mark.slow
 def test_what_the_dense_model_needs_for_the_same_loss_lies_in_the_interval(demo_analysis):
     """By brute force on the laws that the runs were planted from, over what the runs span."""
     R, P = np.meshgrid(np.linspace(2, 4, 41), np.linspace(0.3, 0.7, 41))
@@ -67,6 +70,7 @@ def test_what_the_dense_model_needs_for_the_same_loss_lies_in_the_interval(demo_
     assert saved.low <= truth <= saved.high
 
 
+@pytest.mark.slow
 def test_the_summary_says_in_one_sentence_that_runs_repeat_their_text(demo_analysis):
     def summary(epochs):
         frame = demo_analysis.data.frame.drop(columns="epochs")
@@ -79,6 +83,7 @@ def test_the_summary_says_in_one_sentence_that_runs_repeat_their_text(demo_analy
         assert "more than once" not in summary(epochs)
 
 
+@pytest.mark.slow
 def test_the_analysis_is_json(demo_analysis):
     data = json.loads(json.dumps(demo_analysis.to_dict(), allow_nan=False))
     assert data["n_runs"] == 18
@@ -86,6 +91,7 @@ def test_the_analysis_is_json(demo_analysis):
     assert set(data["optima"]) == {"dense", "dlcm"}
 
 
+@pytest.mark.slow
 def test_figures_carry_their_provenance(demo_analysis):
     from PIL import Image
 
@@ -112,6 +118,7 @@ def test_a_sweep_cut_off_early_is_analysed_all_the_same(demo_frame, write_result
     assert f"{18 - n_dense - n_dlcm} cancelled" in found.summary()
 
 
+@pytest.mark.slow
 def test_a_missing_family_is_reported_not_fatal(demo_frame, write_results, tmp_path):
     dense = demo_frame[demo_frame["model"] == "dense"]
     found = analyze(write_results(dense), tmp_path / "out", cost=cost, n_bootstrap=3)
@@ -171,6 +178,7 @@ def test_plots_return_their_axes_with_units(demo_frame, write_results):
         plot_loss_vs_share(new_figure()[1], data, budget=1e20)
 
 
+@pytest.mark.slow
 def test_figures_are_saved_in_three_formats_and_no_other(tmp_path, demo_frame, write_results):
     data = load_results(write_results(demo_frame))
     figure, ax = new_figure()
@@ -203,6 +211,7 @@ def test_importing_analysis_loads_neither_torch_nor_a_scheduler_nor_pyplot():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_fit_verb_prints_the_report_and_writes_json(run, demo_frame, write_results, tmp_path):
     path = write_results(demo_frame)
     code, out, err = run("fit", path, "--law", "chinchilla", "--bootstrap", 3, "--out", tmp_path / "fit.json")
@@ -265,6 +274,7 @@ def test_fits_of_a_csv_equal_those_of_parquet(demo_frame, write_results):
     assert results[0].values == pytest.approx(results[1].values, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["fit", "plot", "export"])
 def test_verbs_take_a_users_csv(run, verb, tmp_path):
     N, D = (v.ravel() for v in np.meshgrid(np.geomspace(1e7, 1e9, 5), np.geomspace(1e9, 1e11, 5)))
@@ -301,6 +311,7 @@ def test_verbs_take_a_users_csv(run, verb, tmp_path):
         assert found["rows"][0]["params"] == pytest.approx(1e7)
 
 
+@pytest.mark.slow
 def test_of_many_runs_the_summary_tells_the_ends_of_each_target(tmp_path):
     shares = (0.3, 0.4, 0.5, 0.6)
     frame = make_frame([1e5, 5e5, 2e6], [3e11, 3e12], dense_sizes=[], ratios=(2.0, 4.0), shares=shares)

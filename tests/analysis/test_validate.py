@@ -53,6 +53,7 @@ def plain_least_squares(data, tied=False):
     return answer.fun, len(start)
 
 
+@pytest.mark.slow
 def test_aicc_is_that_of_a_least_squares_fit_written_out():
     data = isoflop_data(seed=4)
     choice = choose(PAIR, data, n_bootstrap=0, n_draws=0)
@@ -70,6 +71,7 @@ def test_aicc_is_that_of_a_least_squares_fit_written_out():
     assert choice["chinchilla"].weight == pytest.approx(1 / (1 + np.exp(-difference / 2)), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [2, 8, 9])
 def test_the_law_is_not_chosen_by_the_error_of_hold_outs(seed):
     # the exponents differ; on these draws the law that ties them predicts the largest budgets better all the same
@@ -81,6 +83,7 @@ def test_the_law_is_not_chosen_by_the_error_of_hold_outs(seed):
     assert "The data support chinchilla over chinchilla, beta = alpha (AICc" in choice.sentence
 
 
+@pytest.mark.slow
 def test_a_small_hold_out_error_does_not_hide_that_the_allocation_drifts():
     choice = choose(["chinchilla"], isoflop_data(0, noise=0.002, excess=0.02), n_bootstrap=100, n_draws=0)
     score = choice.chosen
@@ -94,12 +97,14 @@ def test_a_small_hold_out_error_does_not_hide_that_the_allocation_drifts():
     assert "Exponents drift more than sampling explains: N* 0.5" in choice.sentence
 
 
+@pytest.mark.slow
 def test_without_a_misfit_nothing_is_said_to_drift():
     choice = choose(["chinchilla"], isoflop_data(5, noise=0.002), n_bootstrap=100, n_draws=0)
     assert not any(d.drifts for d in choice.chosen.drifts)
     assert "moves no more than sampling explains: N* 0.5" in choice.sentence
 
 
+@pytest.mark.slow
 def test_a_hold_out_is_the_fit_of_the_runs_below_the_cut_and_its_error_beyond():
     data = isoflop_data(3)
     problem = Problem.build(laws.CHINCHILLA, data, "log_mse")
@@ -127,6 +132,7 @@ def test_default_cuts_lie_between_budgets_and_leave_half_to_four_fifths_of_the_r
     assert [h.n_train for h in found] == [24, 32, 40]
 
 
+@pytest.mark.slow
 def test_one_budget_cannot_be_held_out_and_that_is_said():
     data = isoflop_data(3).take(np.arange(8))
     choice = choose(["chinchilla"], data, n_bootstrap=0, n_draws=0)
@@ -143,6 +149,7 @@ def grid(noise=0.0, seed=0) -> ResultsData:
     return ResultsData.from_arrays(N=N, D=D, R=R, P=P, loss=loss * np.exp(drawn), model=["dlcm"] * len(N))
 
 
+@pytest.mark.slow
 def test_each_level_of_each_axis_is_left_out_in_turn_and_predicted_from_the_rest():
     data, law = grid(noise=0.003), parse_law("compression_aware:t_t=0,t_c=0,t_d=0")
     problem = Problem.build(law, data, "log_mse")
@@ -160,6 +167,7 @@ def test_each_level_of_each_axis_is_left_out_in_turn_and_predicted_from_the_rest
         assert left.error == pytest.approx(np.sqrt(np.mean(residuals**2)), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_level_without_which_the_law_cannot_be_fitted_is_not_predicted():
     data = grid()
     data = data.take(np.isin(data.D, [2e9, 8e9, 3e10]))
@@ -173,6 +181,7 @@ def test_a_level_without_which_the_law_cannot_be_fitted_is_not_predicted():
         assert "D takes two values" in left.reason
 
 
+@pytest.mark.slow
 def test_the_f_statistic_is_that_of_a_linear_model():
     # k R^b N^c is linear in logarithms: the test of b = 0 there is textbook
     rng = np.random.default_rng(2)
@@ -212,12 +221,14 @@ def test_the_resampled_test_holds_its_level_where_runs_of_a_trunk_err_together()
     assert rejected["resampled"] < 15 < rejected["F"]
 
 
+@pytest.mark.slow
 def test_two_notations_of_one_law_are_compared_once():
     choice = choose(["chinchilla:beta=alpha", "overtrained"], isoflop_data(), n_bootstrap=0, n_draws=0)
     assert len(choice.scores) == 1
     assert choice.merged == ("overtrained says the same as chinchilla, beta = alpha on these runs",)
 
 
+@pytest.mark.slow
 def test_outliers_do_not_decide_between_laws():
     # three diverging runs swamp squared residuals; under the Laplace likelihood they do not
     data = isoflop_data(0, noise=0.001)
@@ -232,6 +243,7 @@ def test_outliers_do_not_decide_between_laws():
     assert naive[1] < naive[0] + 2  # the naive way takes the simpler law, which is wrong
 
 
+@pytest.mark.slow
 def test_rows_of_one_run_count_once():
     data = isoflop_data(4)
     thrice = data.take(np.tile(np.arange(len(data)), 3))
@@ -241,6 +253,7 @@ def test_rows_of_one_run_count_once():
         assert again[score.label].behind == pytest.approx(score.behind, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_too_few_runs_choose_no_law():
     choice = choose(PAIR, isoflop_data(0).take(np.arange(0, 48, 8)), n_bootstrap=0, n_draws=0)
     assert all(not np.isfinite(s.aicc) for s in choice.scores)
@@ -343,6 +356,7 @@ def test_plots_show_every_run_fitted_and_held_out(dense_choice):
     np.testing.assert_allclose(fitted[:, 1], choice.chosen.fit.predict(N=data.N, D=data.D))
 
 
+@pytest.mark.slow
 def test_the_verb_choose_prints_text_or_json_and_draws(demo_frame, write_results, tmp_path):
     path = write_results(demo_frame)
     options = ["--law", "chinchilla:beta=alpha", "--law", "chinchilla:alpha=0.3,beta=0.3", "--bootstrap", "10"]

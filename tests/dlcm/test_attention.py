@@ -105,6 +105,7 @@ def test_self_attention_and_its_gradients_equal_a_loop_over_positions(backend, l
     assert_same(with_gradients(lambda: self_attention(*leaves, packing, backend), leaves), expected)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("own_segment", "log_length"), FORMS)
 @pytest.mark.parametrize("lengths", PACKINGS)
@@ -125,6 +126,7 @@ def test_gradients_of_cross_attention_equal_those_of_the_loop(backend, own_segme
     assert_same(found, expected)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3)], ids=str)
 @pytest.mark.parametrize("pad", [0, 5])
 @pytest.mark.parametrize("every", [None, 1, 4, 100])
@@ -163,6 +165,7 @@ def test_documents_longer_than_a_block_agree_at_the_block_size_in_use(own_segmen
         assert_same(result, results[0])
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", [[0], [0, 0], [1], [0, 1, 0]])
 @pytest.mark.parametrize("own_segment", [False, True])
@@ -218,6 +221,7 @@ def test_in_bf16_self_attention_is_within_twice_the_error_of_eager_bf16(backend)
     assert all(a <= 2 * b for a, b in zip(errors[backend], errors["reference"], strict=True)), errors
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("own_segment", [False, True])
 def test_the_log_length_bias_matters_in_every_backend(backend, own_segment):
@@ -280,6 +284,7 @@ def dense_blocks(counts, indices):
     return torch.zeros_like(indices).scatter(-1, indices.long(), (rank < counts[..., None]).to(indices.dtype))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("own_segment", "log_length"), FORMS)
 def test_gradients_through_flex_are_right_where_its_refusal_on_a_cpu_is_lifted(monkeypatch, own_segment, log_length):
     """Torch refuses the backward pass on a CPU though its dense formulas are there: they see our block mask and bias."""
@@ -396,6 +401,7 @@ def test_flash_refuses_what_its_kernels_do_not_take_with_a_way_out():
         varlen.self_attention(*narrow, packing)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("pair", [causal_cpu, staircase_cpu], ids=["self", "cross"])
 def test_operators_for_the_compiler_pass_the_checks_of_torch(pair):
     """Schema, shapes without data, autograd registration, and tracing: torch.library's own suite."""

@@ -104,6 +104,7 @@ def test_draws_are_uniform_and_keyed_by_seed_step_and_position():
     assert 0 < float(u.min()) < float(u.max()) < 1
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("detector", "decision"),
     [("learned", "sample"), ("learned", "threshold"), ("cosine", "sample"), ("random", "sample")],

@@ -36,6 +36,7 @@ def decode(model, tokens_BT, chunk, boundaries_BT=None):
     )
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("chunk", [1, 3, LENGTH])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_decoding_in_chunks_equals_the_full_forward_pass(name, chunk):
@@ -51,6 +52,7 @@ def test_decoding_in_chunks_equals_the_full_forward_pass(name, chunk):
             assert len({tuple(row.tolist()) for row in boundaries}) == N_ROWS
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("pooling", ["mean", "first"])
 @pytest.mark.parametrize("kind", ["every token", "one segment", "random"])
 def test_injected_boundaries_decode_as_in_the_full_pass(kind, pooling):

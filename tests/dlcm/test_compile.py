@@ -56,6 +56,7 @@ CONFIGS = {
 SLOW = ("mean", "first", "straight_through", "once")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CONFIGS])
 def test_a_compiled_model_equals_the_eager_one_and_is_compiled_once_whatever_the_batch(name):
     config = CONFIGS[name]

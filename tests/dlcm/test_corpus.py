@@ -171,6 +171,7 @@ def test_the_standard_library_comes_in_the_same_order_without_installed_packages
     assert first.fingerprint() == again.fingerprint()
 
 
+@pytest.mark.slow
 def test_installed_packages_are_a_corpus():
     source = open_source(DataConfig(corpus="packages"))
     names = {path.name for path in source.files}

@@ -83,6 +83,7 @@ def test_comments_and_docstrings_are_prose_and_other_strings_are_code():
     assert prose_of(SOURCE.encode()) == PROSE_OF_SOURCE
 
 
+@pytest.mark.slow
 def test_labels_of_the_standard_library_agree_with_its_own_tokenizer_and_parser():
     files = sorted(
         path for folder in ("", "asyncio", "email", "json", "unittest") for path in (STDLIB / folder).glob("*.py")

@@ -60,6 +60,7 @@ def is_gone(pid):
         return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2_pattern", "another_pattern"])
 def test_groups_come_back_in_order_with_the_ids_of_the_library_and_the_hashes_of_one_process(
     name, request, two_at_once
@@ -99,6 +100,7 @@ def test_there_are_as_many_processes_as_processors_that_may_be_used(monkeypatch)
         assert encoders.n_processes() == min(len(usable), 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_dead", [1, 2])
 def test_what_a_dead_process_had_in_hand_is_done_by_the_builder(n_dead, gpt2_pattern, two_at_once):
     def found():
@@ -142,6 +144,7 @@ with encoders.Encoders(Tokenizer.train(["some text"], 300), None) as pool:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_process_outlives_a_builder_that_is_killed(sent):
     builder = subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -169,6 +172,7 @@ print(corpus.train.n_bytes + corpus.validation.n_bytes)
 """
 
 
+@pytest.mark.slow
 def test_a_script_without_a_guard_builds_in_several_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("DLCM_CACHE", str(tmp_path / "cache"))
     (tmp_path / "script.py").write_text(SCRIPT)

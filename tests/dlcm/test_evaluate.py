@@ -106,6 +106,7 @@ def test_what_each_item_did_is_kept_and_its_means_are_the_scores(trained, task_f
     assert np.std(bits, ddof=1) / 12**0.5 == pytest.approx(result.bits_per_byte_stderr, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_all_tasks_are_answered_in_one_pass_as_each_alone(trained, task_file, tmp_path, monkeypatch):
     (tmp_path / "last.jsonl").write_text("".join(json.dumps({"text": f"{i} the of and"}) + "\n" for i in range(5)))
     pair = {"contexts": ["the of", "in the"], "ending": "and", "gold": 1}

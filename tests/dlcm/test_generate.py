@@ -64,6 +64,7 @@ def greedy_by_recomputing(model, prompt, n):
     return bytes(i for i in ids[1 + len(prompt.encode()) :] if i < 256).decode("utf-8", "replace")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_decoding_of_unequal_prompts_equals_recomputing_every_token(name):
     model = awake(CONFIGS[name]).eval()
@@ -80,6 +81,7 @@ def test_prompts_longer_than_a_chunk_are_read_whole(monkeypatch):
     assert [c.text for c in done] == [greedy_by_recomputing(model, prompt, 12) for prompt in prompts]
 
 
+@pytest.mark.slow
 def test_a_text_depends_on_seed_and_index_and_not_on_its_neighbours():
     model = awake(CONFIGS["mean"]).eval()
     first = generate(model, BYTES, ["one", "two", "three"], Sampling(20, seed=5))
@@ -92,6 +94,7 @@ def test_a_text_depends_on_seed_and_index_and_not_on_its_neighbours():
     assert first[1].tokens_per_concept > 1.0
 
 
+@pytest.mark.slow
 def test_tokens_are_drawn_with_the_tempered_probabilities_of_the_likeliest_set():
     """Against the closed form, within five standard errors of each share."""
     logits, n = torch.full((257,), -30.0), 6000

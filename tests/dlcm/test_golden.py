@@ -36,6 +36,7 @@ def text(tmp_path, monkeypatch):
     return path
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", GOLDEN)
 def test_the_loss_of_twenty_steps_is_the_recorded_one(name, text, tmp_path):
     config = RunConfig.model_validate(

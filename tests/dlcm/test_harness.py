@@ -334,6 +334,7 @@ def test_the_prompt_reaches_the_model_as_it_stands_in_the_row(scored):
     assert samples[0]["arguments"][2][1] == " twenty-two"
 
 
+@pytest.mark.slow
 def test_a_model_that_knows_the_text_answers_the_corpus_task_and_one_that_knows_nothing_does_not(tmp_path):
     corpus = open_corpus(DataConfig(corpus=str(write_texts(tmp_path)), tokenizer="bpe-400", validation_share=0.3))
     task = corpus_task(corpus, limit=200)

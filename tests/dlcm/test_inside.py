@@ -130,6 +130,7 @@ def test_windows_score_each_token_once_with_half_a_window_before_it(n_tokens, se
         assert start == 0 or first - start >= max(seq_len // 2, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["learned", "dense"])
 def test_a_text_longer_than_the_window_is_scored_in_the_first_window_that_holds_each_token(name, monkeypatch):
     monkeypatch.setattr("dlcm.inside._BATCH_TOKENS", 40)  # several windows to a pass, and several passes

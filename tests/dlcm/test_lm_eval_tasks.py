@@ -109,6 +109,7 @@ def scores(task, name):
     return answer["results"][name], answer["samples"][name]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("n_shot", [0, 2])
 @pytest.mark.parametrize("name", ["letters", "endings", "pairs", "words"])
 def test_its_items_are_asked_and_scored_as_lm_eval_does(manager, name, n_shot):

@@ -224,6 +224,7 @@ def test_windows_are_cut_from_their_sources_with_every_document_start():
     assert batch.cu_seqlens.tolist() == [*starts, 64 * seq_len]
 
 
+@pytest.mark.slow
 def test_a_batch_is_a_function_of_seed_and_step_alone():
     mixed = MixedSplit(SPLITS, WEIGHTS)
     whole = mixed.batch(0, seed=2, batch_tokens=16 * 2_400, seq_len=16).windows  # over the ends of blocks
@@ -429,6 +430,7 @@ def record_of(run_dir):
     return rows, result, torch.load(checkpoint_paths(run_dir)[0], weights_only=True)["model"]
 
 
+@pytest.mark.slow
 def test_a_mixture_that_was_killed_goes_on_to_the_same_bits(folder, tmp_path):
     config = run_config(folder)
 
@@ -448,6 +450,7 @@ def test_a_mixture_that_was_killed_goes_on_to_the_same_bits(folder, tmp_path):
     assert all(torch.equal(model[name], model_2[name]) for name in model)
 
 
+@pytest.mark.slow
 def test_other_micro_batches_give_the_same_run_up_to_rounding(folder, tmp_path):
     whole = train(run_config(folder), tmp_path / "whole")
     cut = train(run_config(folder), tmp_path / "cut", micro_batch_tokens=128)
@@ -470,6 +473,7 @@ def test_two_ranks_train_a_mixture_as_one_does(folder, tmp_path):
         assert two["sources"][name]["loss_nats"] == pytest.approx(source["loss_nats"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_training_says_what_it_found_of_each_source(folder, tmp_path, dlcm):
     def run(weight):
         weights = {"code": 1 - weight, "wiki": weight}
@@ -496,6 +500,7 @@ def test_a_plain_corpus_has_no_sources(folder, tmp_path):
     assert (result.sources, result.epochs_by_source) == (None, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe-300"])
 def test_a_source_whose_text_changed_is_refused_by_name(tmp_path, cache, tokenizer):
     for name in ("code", "wiki"):

@@ -15,6 +15,7 @@ def draws_for(n: int, seed: int) -> torch.Tensor:
     return uniform_draws(seed, 0, torch.arange(n))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("detector", DETECTORS)
@@ -52,6 +53,7 @@ def test_a_dense_model_is_causal():
         assert (model(tokens[:cut]).logits - model(tokens).logits[:cut]).abs().max() < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"smoothing": "none"}, {"concept_bias": "none"}, {"cross_attention": "once"}])
 def test_every_option_is_causal_and_changes_the_output(options):
     default = awake(small_config())

@@ -26,6 +26,7 @@ def test_keys_give_unlike_orders_without_a_trend():
         assert all((order == other).mean() < 1e-3 for other in orders[:i])
 
 
+@pytest.mark.slow
 def test_the_first_of_many_orders_are_spread_evenly():
     found = np.bincount([int(permute(np.array([0]), 50, key)[0]) for key in range(5_000)], minlength=50)
     assert ((found - 100) ** 2 / 100).sum() < 100  # chi-squared with 49 degrees of freedom: mean 49, deviation 10

@@ -42,6 +42,7 @@ def gradients(model, bf16):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, n_bytes
 
 
+@pytest.mark.many
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
 @pytest.mark.parametrize("precision", ["float64", "fp32", "bf16"])
 @pytest.mark.parametrize("name", CONFIGS)
@@ -77,6 +78,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_block", [False, True])
 @pytest.mark.parametrize("name", [pytest.param("dlcm", marks=pytest.mark.slow), "dense"])
 def test_compiled_stacks_recompute_as_well_without_breaks(name, by_block, fresh_compiler):
@@ -100,6 +102,7 @@ def test_names_of_parameters_stay():
     assert list(model.state_dict()) == names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dlcm", "dense"])
 def test_a_run_with_it_is_the_run_without_it_to_the_bit(kind, corpus_path, tmp_path):  # noqa: F811
     model = small_config(vocab_size=VOCAB) if kind == "dlcm" else dense_config(vocab_size=VOCAB)

@@ -52,6 +52,7 @@ def scorer(model, *, batch_tokens=200, trees=True):
     return Scorer(model.eval(), batch_tokens, contextlib.nullcontext(), trees=trees)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", MODELS)
 def test_every_answer_is_that_of_the_sequence_read_alone(name, seed, monkeypatch):

@@ -227,6 +227,7 @@ def _open_in_process(queue, config):
     queue.put((corpus.fingerprint, corpus.train.n_tokens, str(corpus.folder)))
 
 
+@pytest.mark.slow
 def test_processes_that_build_at_once_leave_one_correct_cache(cache, config, corpus):
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -261,6 +262,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_processes", [2, 3])
 def test_several_processes_write_the_bytes_of_one(n_processes, cache, config, corpus, monkeypatch):
     monkeypatch.setattr(build, "_GROUP_BYTES", 2000)
@@ -273,6 +275,7 @@ def test_several_processes_write_the_bytes_of_one(n_processes, cache, config, co
     assert len(started) == n_processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tokenizer", "n_processes"), [("bytes", 1), ("bpe-400", 1), ("bpe-400", 2)])
 def test_a_build_that_is_killed_again_and_again_goes_on_and_ends_as_one_that_was_not(
     tokenizer, n_processes, cache, config, monkeypatch
@@ -317,6 +320,7 @@ def test_a_stream_in_many_files_reads_as_one(size, cache, config, corpus, monkey
     np.testing.assert_array_equal(cut.train.batch(5, **draw).tokens_T, corpus.train.batch(5, **draw).tokens_T)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tokenizer", "n_processes"), [("bytes", 1), ("bpe-300", 1), ("bpe-300", 2)])
 def test_memory_does_not_grow_with_the_corpus(tokenizer, n_processes, cache, tmp_path, monkeypatch):
     """Eight times the text, and no more than a few megabytes on top."""
@@ -417,6 +421,7 @@ def test_a_build_reports_its_progress(cache, config):
     assert calls[-1][1] == sum(len(text.encode()) for text in TEXTS)
 
 
+@pytest.mark.slow
 def test_the_shared_prose_corpus_is_tokenized_without_loss(shared_data, cache):
     path = shared_data / "corpus" / "wikitext2.txt"
     corpus = open_corpus(DataConfig(corpus=str(path), tokenizer="bytes"))

@@ -31,6 +31,7 @@ TOKENIZERS = {"bytes": Tokenizer(), "bpe": Tokenizer.train(TEXTS, 400), "pieces"
 ANY_TEXT = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\tthecaféé你🎉\u202e\x1b")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=150, deadline=None)
 @given(text=ANY_TEXT)

@@ -90,6 +90,7 @@ def test_kernels_equal_the_reference_on_packed_documents_with_padding(run, own_s
     assert_exact(run(case, own_segment, log_length), case, own_segment, log_length)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lengths", "own_segment"), [([50], True), ([64, 32], False), ([1], False), ([1, 1, 1], True), ([0, 2, 0], True)]
 )
@@ -98,6 +99,7 @@ def test_kernels_equal_the_reference_on_every_packing(run, lengths, own_segment)
     assert_exact(run(case, own_segment, True), case, own_segment, True)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("rate", [0.0, 1.0], ids=["one segment", "all boundaries"])
 @pytest.mark.parametrize("own_segment", [False, True])
 def test_kernels_equal_the_reference_at_both_ends_of_compression(run, rate, own_segment):
@@ -105,12 +107,14 @@ def test_kernels_equal_the_reference_at_both_ends_of_compression(run, rate, own_
     assert_exact(run(case, own_segment, True), case, own_segment, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n_splits", "own_segment"), [(1, True), (3, False)])
 def test_kernels_equal_the_reference_with_grouped_heads_and_partial_sums(run, n_splits, own_segment):
     case = make([45, 8], n_heads=4, n_kv=2)
     assert_exact(run(case, own_segment, True, n_splits=n_splits), case, own_segment, True)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("tiles", "lengths"), [((16, 32, 4, 2), [80]), ((32, 16, 4, 2), [20, 75])])
 @pytest.mark.parametrize("own_segment", [False, True])
 def test_tiles_that_every_row_sees_whole_equal_the_reference(run, tiles, lengths, own_segment):

@@ -256,6 +256,7 @@ def test_documents_take_turns(corpus):
     assert len(homes) == corpus.validation.n_documents
 
 
+@pytest.mark.slow
 def test_the_task_is_the_same_every_time_and_a_limit_takes_its_beginning(corpus):
     task = corpus_task(corpus)
     assert corpus_task(corpus).hash == task.hash

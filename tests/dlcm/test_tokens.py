@@ -41,6 +41,7 @@ def test_decoding_gives_the_text_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(st.text())
 def test_decoding_gives_any_text_back(bpe, text):
@@ -112,6 +113,7 @@ def test_a_tokenizer_without_an_end_of_text_gets_an_id_for_it(tmp_path):
     assert b"".join(tokenizer.token_bytes()[i] for i in ids).decode().strip() == text
 
 
+@pytest.mark.slow
 def test_large_vocabularies_are_kept_in_32_bits(tmp_path):
     vocab = {f"w{i}": i for i in range(70_000)} | {"</s>": 70_000}
     data = {

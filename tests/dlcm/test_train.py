@@ -119,6 +119,7 @@ def test_when_no_checkpoint_is_readable_the_error_names_the_folder(corpus_path, 
         train(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_returned_and_not_touched(corpus_path, tmp_path):
     config = make_config(corpus_path)
     first = train(config, tmp_path)
@@ -127,6 +128,7 @@ def test_a_finished_run_is_returned_and_not_touched(corpus_path, tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_metrics_of_the_whole_batch(corpus_path, tmp_path):
     whole = make_config(corpus_path, tokens=6 * 512)
     parts = make_config(corpus_path, tokens=6 * 512, micro_batch_tokens=128)
@@ -138,6 +140,7 @@ def test_micro_batches_give_the_metrics_of_the_whole_batch(corpus_path, tmp_path
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("straight_through", [False, True])
 def test_the_gradient_of_a_step_does_not_depend_on_the_number_ofmicro_batches(straight_through, corpus_path, tmp_path):
     """In float64, the ratio loss included: F and G are those of the batch, whatever part a forward pass sees."""
@@ -158,6 +161,7 @@ def test_the_gradient_of_a_step_does_not_depend_on_the_number_ofmicro_batches(st
             torch.testing.assert_close(other[name], expected, atol=1e-9, rtol=0)
 
 
+@pytest.mark.slow
 def test_logged_boundary_statistics_are_those_of_the_interval(corpus_path, tmp_path):
     each = make_config(corpus_path, tokens=9 * 512, log_every=1)
     trainer = Trainer(each, tmp_path)  # the first step by hand, from the initial weights
@@ -198,6 +202,7 @@ def test_micro_batches_hold_every_window_and_document_start_once(corpus_path):
     assert all(p[2][0] == 0 and p[2][-1] == 128 for p in parts)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_the_result_has_every_figure(corpus_path, tmp_path):
     result = train(make_config(corpus_path), tmp_path)
     assert result.status == "finished"
@@ -211,6 +216,7 @@ def test_the_loss_falls_and_the_result_has_every_figure(corpus_path, tmp_path):
     assert result.tokens == 20 * 512
 
 
+@pytest.mark.slow
 def test_the_validation_loss_is_that_of_a_loop_over_documents(corpus_path, tmp_path):
     """Independent: each piece between two cu_seqlens alone, in float64, with bytes counted by decoding."""
     config = make_config(corpus_path)

@@ -44,6 +44,7 @@ def make(text, model=None, **train_fields):
     )
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("micro", [256, 64])
 @pytest.mark.parametrize("model", [small_config(vocab_size=257), dense_config(vocab_size=257)], ids=["dlcm", "dense"])
 def test_scales_are_the_root_mean_squares_of_what_leaves_each_part(model, micro, text, tmp_path):
@@ -86,6 +87,7 @@ def test_scales_are_measured_only_in_steps_that_are_logged(text, tmp_path):
     assert measured == [False, False, True, False, False, True]
 
 
+@pytest.mark.slow
 def test_measuring_scales_does_not_change_a_run(text, tmp_path):
     often, never = train(make(text), tmp_path / "a"), train(make(text, log_every=1000), tmp_path / "b")
     assert often.loss_nats == never.loss_nats
@@ -180,6 +182,7 @@ def diverging(monkeypatch, at_step: int):
     monkeypatch.setattr(Trainer, "train_step", train_step)
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(text, tmp_path, monkeypatch):
     """The running loss rises slowly: checkpoints are written on the way up, and the newest two are worthless."""
     diverging(monkeypatch, at_step=5)

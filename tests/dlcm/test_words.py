@@ -80,6 +80,7 @@ def test_ids_are_those_of_the_tokenizer(backend):
         assert encoded(encoder, SAMPLES) == expected(backend, SAMPLES)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     "alphabet",
     [
@@ -100,12 +101,14 @@ def test_ids_are_those_of_the_tokenizer_on_random_text(backend, warm, alphabet):
     assert encoded(warm, texts) == expected(backend, texts)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=4))
 def test_ids_are_those_of_the_tokenizer_on_any_text(backend, warm, texts):
     assert encoded(warm, texts) == expected(backend, texts)
 
 
+@pytest.mark.slow
 def test_characters_are_cut_as_the_tokenizer_cuts_them(backend, warm):
     codes = [*range(0x3400), *range(0x3400, 0xD800, 61), *range(0xE000, 0x110000, 61)]
     generator = random.Random(0)

@@ -292,6 +292,7 @@ def test_a_calibration_of_another_version_is_ignored_with_a_note(cache):
     assert cpu_calibration(99) == (None, None)
 
 
+@pytest.mark.slow
 def test_a_measurement_is_consistent_with_itself_and_with_this_machine(cache):
     import torch
 

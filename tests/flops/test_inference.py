@@ -144,6 +144,7 @@ def in_terms_of_torch(config: ModelConfig, flops: FlopCount, n_calls: int) -> di
     return parts
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("n", [1, 4, 7])
 @pytest.mark.parametrize("config", [DLCM, DENSE, FIRST, ONCE], ids=["dlcm", "dense", "first", "once"])
 def test_torch_counts_the_same_on_real_decoding_with_caches(config, n):

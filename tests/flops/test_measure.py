@@ -79,6 +79,7 @@ def test_at_least_thirty_shapes_are_checked():
     assert sum(config.is_dense for config, _ in SHAPES.values()) >= 5
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", SHAPES)
 def test_closed_form_equals_both_counters_forward_and_training(name):
     config, options = SHAPES[name]
@@ -156,6 +157,7 @@ def test_work_in_an_unknown_module_fails(monkeypatch):
         measure.check(tiny_dense(), 8)
 
 
+@pytest.mark.slow
 def test_a_wrong_closed_form_is_told_by_component(monkeypatch):
     from flops import ops
 

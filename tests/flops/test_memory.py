@@ -115,6 +115,7 @@ def saved_bytes(
     return sum(storage.nbytes() for storage in kept.values()), out.n_concepts
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_activations_are_what_autograd_saves_to_the_byte(name, bf16):
@@ -138,6 +139,7 @@ def test_the_rules_of_a_gpu_give_what_autograd_saves_with_its_norms(name, bf16, 
     assert found.activations_total + found.casts + 4 * config.vocab_size * config.d_token == saved
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_with_checkpointing_activations_are_what_autograd_and_the_blocks_arguments_keep_to_the_byte(

@@ -226,6 +226,7 @@ def test_a_dry_run_of_submit_shows_the_costs_too(dlcm, sweep_file, tmp_path, cac
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_calibrate_measures_a_sweep_and_plan_reads_it(dlcm, tmp_path, cache):
     path = tmp_path / "one.yaml"
     path.write_text(json.dumps(sweep_dict(tmp_path)))

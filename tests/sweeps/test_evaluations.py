@@ -134,6 +134,7 @@ def test_a_run_that_is_trained_later_is_evaluated_as_well(folder, tmp_path, monk
     assert [name for _, name in results(tmp_path / "s")] == ["words"]
 
 
+@pytest.mark.slow
 def test_changed_items_or_limits_are_measured_again_and_nothing_else_is(folder, place):
     options = Options("debug", {})
     how = {"limit": None, "force": False, "detach": None, "as_json": False}

@@ -235,6 +235,7 @@ def test_a_process_id_that_came_back_is_not_taken_for_the_job(tmp_path):
 # ---- real training
 
 
+@pytest.mark.slow
 def test_a_sweep_in_this_process_ends_in_a_full_table(tmp_path):
     seen = []
     plan = make_plan(tmp_path, seeds=(0, 1), baseline={"match": "parameters", "sizes": [20_000], "seeds": [0]})

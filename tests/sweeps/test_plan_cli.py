@@ -24,6 +24,7 @@ def sweep_file(tmp_path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_plan_prints_shape_size_ratio_tokens_and_cost_of_every_run(dlcm, sweep_file):
     status, out, err = dlcm("sweep", "plan", sweep_file)
     lines = out.splitlines()
@@ -35,6 +36,7 @@ def test_plan_prints_shape_size_ratio_tokens_and_cost_of_every_run(dlcm, sweep_f
     assert lines[1 + 3 + 1].startswith("no time estimate")
 
 
+@pytest.mark.slow
 def test_plan_as_json_and_csv_hold_every_run(dlcm, sweep_file, tmp_path):
     status, out, _ = dlcm("sweep", "plan", sweep_file, "--json", "--csv", tmp_path / "plan.csv")
     assert status == 0
@@ -91,6 +93,7 @@ def test_flops_table_of_the_papers_two_models_has_its_published_figures(dlcm):
     assert "of dense" in dlcm("flops", "table", recipe)[1]
 
 
+@pytest.mark.slow
 def test_flops_table_takes_sweeps_runs_and_configs_side_by_side(dlcm, sweep_file, tmp_path):
     _, out, _ = dlcm("sweep", "plan", sweep_file, "--json")
     run = json.loads(out)["runs"][0]
@@ -120,6 +123,7 @@ def test_flops_table_of_a_stored_sweep_shows_every_run(dlcm, sweep_file, tmp_pat
     assert [row["training_per_token"] for row in rows] == [run.flops.training_per_token for run in planned.runs]
 
 
+@pytest.mark.slow
 def test_flops_show_reads_a_model_a_run_config_and_a_run_folder(dlcm, sweep_file, tmp_path):
     _, out, _ = dlcm("sweep", "plan", sweep_file, "--json")
     run = json.loads(out)["runs"][1]

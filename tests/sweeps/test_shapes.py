@@ -211,6 +211,7 @@ def test_smooth_cost_is_continuous_and_monotone():
     assert cost(1e6, 2e8, 4.0, 0.5) == pytest.approx(2 * cost(1e6, 1e8, 4.0, 0.5))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("vocab", "seq_len", "least"), [(1024, 256, 3e5), (4096, 256, 3e5), (32768, 1024, 1e7), (128_815, 4096, 1e8)]
 )

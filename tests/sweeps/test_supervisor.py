@@ -152,6 +152,7 @@ def test_the_death_of_another_process_is_not_recorded(run):
     assert read_json(run.path / "status.json")["state"] == "running"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
 def test_workers_die_with_their_supervisor(run, tmp_path):
     code = f"""
