@@ -21,7 +21,7 @@ export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: setup demo test check lint fast docs clean
+.PHONY: setup demo test check lint style types fast docs clean clean-demo
 .DELETE_ON_ERROR:
 
 setup: $(STAMPS)/setup
@@ -55,11 +55,17 @@ $(STAMPS)/test: $(STAMPS)/setup $(SOURCES) $(TESTS)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 	@mkdir -p $(STAMPS) && touch $@
 
-check: $(STAMPS)/setup lint fast
+# Types take one processor for a minute: side by side with the tests.
+check: $(STAMPS)/setup
+	@$(MAKE) --no-print-directory -j2 lint fast
 
-lint: $(STAMPS)/setup
+lint: style types
+
+style: $(STAMPS)/setup
 	@echo "== lint and format"
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(STAMPS)/setup
 	@echo "== types"
 	@$(BIN)/pyright
 

@@ -51,6 +51,7 @@ def assert_one_line(answer, *words):
         assert word in err
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("verb", ["plan", "submit"])
 @pytest.mark.parametrize(
     ("changes", "words"),

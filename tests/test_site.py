@@ -236,6 +236,7 @@ def sweep_keys():
     return module
 
 
+@pytest.mark.slow
 def test_the_tables_of_the_sweep_file_are_current():
     module = sweep_keys()
     page = module.PAGE.read_text()

@@ -73,6 +73,7 @@ def test_the_promise_of_the_gradient_is_kept_by_the_objective():
         assert 0 < certify.drop_ahead(problem, theta) <= (value - answer.fun) * (1 + 1e-6)
 
 
+@pytest.mark.slow
 def test_offsets_of_a_range_without_bend_are_ill_conditioned_or_not_identified():
     """Sizes over a tenth of a decade: every power of N is a straight line, and E, A and alpha are one constant."""
     N, D = np.array(np.meshgrid(np.geomspace(1e8, 1.0001e8, 5), np.geomspace(2e8, 2e10, 5))).reshape(2, -1)
@@ -83,6 +84,7 @@ def test_offsets_of_a_range_without_bend_are_ill_conditioned_or_not_identified()
     assert result.status is not Status.CERTIFIED
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("loss", ["log_huber", "log_mse", "mse"])
 def test_the_minimum_is_that_of_an_independent_optimiser(loss):
     """Nelder and Mead's simplex knows no gradient and none of our coordinates."""

@@ -53,6 +53,7 @@ def test_a_planted_sigmoid_is_recovered_to_1e_6(errors):
     assert curve.predict([2.0, 5.0]) == pytest.approx(sigmoid([2.0, 5.0]), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_planted_exponential_is_recovered_to_1e_6():
     data = planted(lambda loss: CHANCE + 9.2 * np.exp(-1.25 * loss), np.linspace(2.5, 6.0, 15))
     curve = fit_downstream(data, "quiz", chance=CHANCE, link="exponential", n_bootstrap=0)

@@ -263,6 +263,7 @@ def test_a_fit_of_an_expression_is_read_back(tmp_path):
         np.testing.assert_array_equal(read.predict(N=1e8, D=1e10), result.predict(N=1e8, D=1e10))
 
 
+@pytest.mark.slow
 def test_a_held_and_a_tied_constant_leave_the_others_to_fit():
     data = grid(lambda N, D: 1.8 + 480.0 * N**-0.35 + 2100.0 * D**-0.35)
     held = fit(custom().fix(A=480.0, E=1.8), data, n_bootstrap=0)
@@ -274,6 +275,7 @@ def test_a_held_and_a_tied_constant_leave_the_others_to_fit():
         custom().fix(alfa=1)
 
 
+@pytest.mark.slow
 def test_the_optimum_of_an_expression_is_the_closed_form():
     result = fit(custom(), grid(chinchilla_loss), n_bootstrap=5)
     budget = 6e19

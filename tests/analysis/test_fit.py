@@ -54,6 +54,7 @@ def test_planted_chinchilla_is_recovered_to_1e_6():
         assert result[name].value == pytest.approx(value, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_planted_equation_22_lies_in_the_intervals_under_noise():
     law = laws.COMPRESSION_AWARE.fix(t_t=0, t_c=0, t_d=0)
     truth = {**PLANTED, "t_t": 0.0, "t_c": 0.0, "t_d": 0.0}
@@ -115,6 +116,7 @@ def test_epoch_intervals_are_the_published_ones():
         assert result[name].high == pytest.approx(high, abs=0.1 * (high - low))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("training_set", "published"),
     [
@@ -182,6 +184,7 @@ def test_the_demo_design_yields_no_bare_number(demo_frame, write_results):
     assert np.max(np.abs(np.log(predicted / rows.loss))) < 0.02
 
 
+@pytest.mark.slow
 def test_an_adequate_design_identifies_the_exponents(adequate_frame, write_results):
     law = laws.COMPRESSION_AWARE.fix(t_t=0, t_c=0, t_d=0)
     result = fit(law, load_results(write_results(adequate_frame)), n_bootstrap=40)

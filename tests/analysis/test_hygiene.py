@@ -56,6 +56,7 @@ def test_each_point_of_the_drop_curve_is_the_minimum_that_another_optimiser_find
         assert curve.values[N_EXPONENT][i] == pytest.approx(found[4] / (found[2] + found[4]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_drop_curve_has_intervals_a_table_and_a_figure():
     curve = drop_curve(laws.CHINCHILLA, planted(), (0, 2, 5), n_bootstrap=40)
     table = curve.table()

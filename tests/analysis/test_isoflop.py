@@ -113,6 +113,7 @@ def test_the_skew_of_a_sum_of_powers_is_the_difference_of_its_exponents():
     assert shared_skew(xs[:1], [ys[0][None]], parabolas[:1])[0] == 0.0
 
 
+@pytest.mark.slow
 def test_under_noise_the_lowest_run_is_several_times_farther_off_than_the_vertex():
     errors = {"lowest": [], "vertex": []}
     for seed in range(40):
@@ -420,6 +421,7 @@ def test_the_difference_of_the_two_routes_is_better_known_than_if_they_had_other
     assert apart < 0.95 * np.hypot(vertices, surface)
 
 
+@pytest.mark.slow
 def test_a_law_that_does_not_hold_is_said_to_disagree_and_where():
     # at the least budget a model learns as one of half its size does: its N* doubles, and no Chinchilla surface follows
     data = planted(noise=0.001, n=12)

@@ -88,6 +88,7 @@ def test_too_few_rates_and_missing_columns_are_told():
         analyse_transfer(planted().drop(columns="d_token_base"))
 
 
+@pytest.mark.slow
 def test_a_sweep_takes_its_rates_from_the_file_and_every_row_says_so(tmp_path, dlcm):
     planted().to_parquet(tmp_path / "results.parquet")
     status, out, _ = dlcm("analyze", "lr", str(tmp_path / "results.parquet"), "--json")
@@ -129,6 +130,7 @@ def test_rates_without_a_file_say_where_they_are_from(tmp_path):
     assert set(plan(Sweep.from_dict(given)).to_frame()["lr_source"]) == {"sweep file"}
 
 
+@pytest.mark.slow
 def test_the_figure_and_the_file_are_written(tmp_path):
     both = pd.concat([planted(noise=0.01), planted(-1.0, best=RATES[5], kind="standard")], ignore_index=True)
     paths = save_transfer(analyse_transfer(both), tmp_path)
@@ -157,6 +159,7 @@ def test_the_interval_of_the_best_rate_covers_the_planted_one(n_seeds):
     assert np.sum(inside) >= 160
 
 
+@pytest.mark.slow
 def test_the_fitted_best_rate_moves_less_with_noise_than_the_lowest_one():
     """The lowest rate of a grid jumps by whole steps; over 40 sweeps the vertex is nearer to the planted rate."""
     curves = [curve for seed in range(40) for curve in analyse_transfer(seeds(3, 0.03, seed=seed)).of("mup")]
@@ -174,6 +177,7 @@ def test_the_verdict_says_where_noise_leaves_it_open():
     assert "more seeds would settle it" in format_transfer(analyse_transfer(seeds(1, 0.1)))
 
 
+@pytest.mark.slow
 def test_several_results_are_taken_together(tmp_path):
     for name, frame in (("a", planted()), ("b", planted(-1.0, best=RATES[5], kind="standard"))):
         (tmp_path / name).mkdir()

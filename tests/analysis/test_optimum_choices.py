@@ -70,6 +70,7 @@ def test_flat_ranges_of_size_and_tokens_are_the_roots_of_the_dense_loss(adequate
     assert set(flat) == {"N", "D"}
 
 
+@pytest.mark.slow
 def test_flat_ranges_at_fixed_tokens_hold_for_size_too(adequate_fits):
     result = adequate_fits["dlcm"]
     best = optimum(result, SERVE, 4e6, tokens=1e7)
@@ -87,6 +88,7 @@ def test_flat_ranges_at_fixed_tokens_hold_for_size_too(adequate_fits):
         assert flat[name].high == pytest.approx(values[cheap].max(), rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("budget", "size"), [(3e13, 1e6), (3e11, 2e6)], ids=["within", "in a corner"])
 def test_flat_ranges_of_one_size_are_those_of_a_fine_grid(adequate_fits, budget, size):
     result = adequate_fits["dlcm"]
@@ -103,6 +105,7 @@ def test_flat_ranges_of_one_size_are_those_of_a_fine_grid(adequate_fits, budget,
         assert flat.high_open == (values[cheap].max() == values.max())
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("rise", "edge"), [(0.05, 3.25), (0.05, 4.0), (0.03, 3.25), (0.07, 4.0)])
 def test_a_flat_range_ends_where_the_loss_first_rises_although_it_falls_again(rise, edge):
     """Along R the loss has a second well at 3, behind a hump of 0.065 c at 2.5."""
@@ -157,6 +160,7 @@ def test_regret_is_the_difference_of_two_predicted_losses_pair_by_pair(adequate_
     assert found.high - found.low < spread
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["dlcm", "dense"])
 def test_regret_vanishes_at_the_optimum_and_is_positive_elsewhere(adequate_fits, family):
     result = adequate_fits[family]

@@ -50,6 +50,7 @@ def best_size(budget):
     return (a * TRUTH["A"] / (b * TRUTH["B"])) ** (1 / (a + b)) * (budget / 6) ** (b / (a + b))
 
 
+@pytest.mark.slow
 def test_a_users_table_and_cost_give_the_closed_form_for_each_budget(run, mine):
     budgets = (3e19, 1e20, 1e21)
     options = [part for c in budgets for part in ("--budget", c)]
@@ -162,6 +163,7 @@ def test_requests_of_other_lengths_cost_otherwise(run, adequate_fits, tmp_path):
     assert sizes[1] > 1.05 * sizes[0]
 
 
+@pytest.mark.slow
 def test_a_frontier_is_a_table_and_a_figure_with_the_exponents_of_the_law(run, my_fit, tmp_path):
     span = ("--frontier", "1e19:1e22:5")
     files = ("--table", tmp_path / "t.csv", "--plot", tmp_path / "f.svg")
@@ -193,6 +195,7 @@ def test_frontiers_of_a_lifetime_and_of_serving(run, my_fit):
     assert [r["N"]["value"] for r in rows] == pytest.approx([5e7, 5e8 / 10**0.5, 5e8], rel=1e-9)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -81,6 +81,7 @@ def test_savings_and_their_interval_are_those_of_the_closed_form(dense_fit, kind
     assert found.decades_outside == {}
 
 
+@pytest.mark.slow
 def test_with_real_costs_the_dense_model_has_the_loss_at_its_flops(adequate_fits):
     shapes = Shapes(VOCABULARY, 256)
     lifetime = shapes.lifetime(1e7)
@@ -99,6 +100,7 @@ def test_with_real_costs_the_dense_model_has_the_loss_at_its_flops(adequate_fits
         assert best.unit in found.text
 
 
+@pytest.mark.slow
 def test_out_of_reach_counts_as_all_saved_or_as_lost_without_bound(dense_fit):
     hopeless, easy = (dlcm_optimum(dense_fit, "FLOPs", 1e21) for _ in range(2))
     hopeless.replicates[:10, 4], easy.replicates[:10, 4] = 1.0, 50.0
@@ -142,6 +144,7 @@ def test_savings_beyond_reach_are_not_identified(adequate_fits):
     assert saved.share is None
 
 
+@pytest.mark.slow
 def test_savings_refuse_fits_of_different_conventions(adequate_fits, adequate_frame, write_results):
     best = optimum(adequate_fits["dlcm"], cost, 3e13)
     other = fit(laws.CHINCHILLA, load_results(write_results(adequate_frame), n="total"), n_bootstrap=0)

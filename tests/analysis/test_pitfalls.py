@@ -145,6 +145,7 @@ def test_03_an_optimiser_that_never_moved_reports_success_at_any_start():
     assert "passed  the answer differs from every start" in ours.report()
 
 
+@pytest.mark.slow
 def test_04_a_floor_of_zero_predicts_the_next_size_wrong_and_is_not_extrapolated():
     """Sizes whose ends were tuned better than their middle bend the wrong way, and the floor is fitted as 0."""
     N, D = grid([1e7, 3e7, 1e8, 3e8], [1e9, 4e9, 1.6e10])
@@ -347,6 +348,7 @@ def test_11_the_equation_as_it_is_written_has_a_condition_number_of_four_million
     assert "alpha-A -0.976" in ours.report()
 
 
+@pytest.mark.slow
 def test_12_an_interval_of_a_thousandth_would_have_taken_half_a_million_runs():
     ours = fit(laws.CHINCHILLA, epoch_data(), n_bootstrap=1000)
     draws = ours.replicate_values()

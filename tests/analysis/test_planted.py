@@ -74,6 +74,7 @@ def test_all_eleven_constants_of_planted_eq_22_are_recovered_under_every_loss(lo
         assert result.values[p.name] == pytest.approx(VALUES[law.name][p.name], rel=1e-6), p.name
 
 
+@pytest.mark.slow
 def test_27_cells_whose_tokens_vary_give_every_exponent_of_eq_22_without_offsets():
     # an orthogonal array: each pair of axes is balanced, though there are 27 of 81 cells
     i, j, k = (v.ravel() for v in np.meshgrid(*[np.arange(3)] * 3, indexing="ij"))

@@ -114,6 +114,7 @@ def test_residuals_are_measured_over_predicted_and_their_means_show_a_pattern(by
             np.testing.assert_allclose(half, [1.96 * g.std(ddof=1) / np.sqrt(8) for g in groups])
 
 
+@pytest.mark.slow
 def test_residuals_fall_back_to_n_where_flops_are_not_known_and_refuse_other_conventions():
     data = dataclasses.replace(planted(), C=np.full(48, np.nan))
     result = fit(laws.CHINCHILLA, data, n_bootstrap=0)

@@ -266,6 +266,7 @@ def test_an_unknown_law_is_answered_with_the_nearest(run, demo_frame, write_resu
     assert "unknown law 'compresion_aware'; did you mean 'compression_aware'" in err
 
 
+@pytest.mark.slow
 def test_fits_of_a_csv_equal_those_of_parquet(demo_frame, write_results):
     results = [
         fit(laws.CHINCHILLA, load_results(write_results(demo_frame, f"r.{s}")), n_bootstrap=0)

@@ -202,6 +202,7 @@ def test_every_average_and_its_error_is_recomputed_from_the_exported_file(data, 
     np.testing.assert_allclose(frame["average_stderr"], errors, atol=0.005 + 1e-9)
 
 
+@pytest.mark.slow
 def test_the_verb_exports_each_format_by_suffix_and_says_what_it_cannot(dlcm, write_results, tmp_path):
     results = str(write_results(evaluated(**RUNS)))
     for suffix in ("csv", "md", "tex", "parquet"):

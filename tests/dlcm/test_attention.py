@@ -116,6 +116,7 @@ def test_cross_attention_equals_a_loop_over_replicated_concepts(backend, own_seg
         torch.testing.assert_close(out, loop_cross(q, k, v, segments, own_segment, log_length), atol=1e-12, rtol=0)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("backend", TRAINING_BACKENDS)
 @pytest.mark.parametrize(("own_segment", "log_length"), FORMS)
 def test_gradients_of_cross_attention_equal_those_of_the_loop(backend, own_segment, log_length):
@@ -234,6 +235,7 @@ def test_the_log_length_bias_matters_in_every_backend(backend, own_segment):
     assert (biased - plain).abs().max() > 0.1
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("backend", TRAINING_BACKENDS)
 @pytest.mark.parametrize("pooling", ["mean", "first"])
 def test_a_model_has_the_same_loss_and_gradients_with_every_backend(backend, pooling):

@@ -66,6 +66,7 @@ def test_injected_boundaries_decode_as_in_the_full_pass(kind, pooling):
         torch.testing.assert_close(logits, model(tokens, boundaries=flags).logits, atol=1e-10, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["mean", "first"])
 def test_rows_may_advance_by_different_numbers_of_tokens(pooling):
     """Padding on the right is neither read nor remembered; a row may get nothing at all."""

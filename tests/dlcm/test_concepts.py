@@ -28,6 +28,7 @@ def packed(draw):
     return lengths, flags
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(packed())
 def test_segments_equal_those_of_a_plain_loop(case):

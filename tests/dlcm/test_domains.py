@@ -100,6 +100,7 @@ def test_labels_of_the_standard_library_agree_with_its_own_tokenizer_and_parser(
     assert n_differing < 0.005 * n_bytes
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", ["argparse.py", "subprocess.py", "json/encoder.py", "logging/config.py"])
 def test_a_piece_cut_out_of_a_source_is_labelled_as_it_is_in_the_whole(name):
     """As a large file is cut into documents: at any line, so also inside a docstring or a bracket."""

@@ -114,6 +114,7 @@ def test_what_a_dead_process_had_in_hand_is_done_by_the_builder(n_dead, gpt2_pat
         assert list(found()) == [by_the_library(gpt2_pattern, group) for group in GROUPS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_processes_leave_when_the_builder_is_interrupted(error, gpt2_pattern, two_at_once):
     pool = Encoders(gpt2_pattern, None)

@@ -72,6 +72,7 @@ def test_the_record_holds_every_field_of_the_contract(trained, task_file):
         assert record["task_hash"] == result.task_hash
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_read_back_until_the_task_changes_or_force_is_given(trained, task_file, monkeypatch):
     first = evaluate(trained, [str(task_file)], force=True)
     measured = []

@@ -73,6 +73,7 @@ def test_greedy_decoding_of_unequal_prompts_equals_recomputing_every_token(name)
     assert [c.text for c in done] == [greedy_by_recomputing(model, prompt, 30) for prompt in prompts]
 
 
+@pytest.mark.slow
 def test_prompts_longer_than_a_chunk_are_read_whole(monkeypatch):
     monkeypatch.setattr("dlcm.generate._CHUNK", 7)
     model = awake(CONFIGS["mean"]).eval()

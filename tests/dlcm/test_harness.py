@@ -313,6 +313,7 @@ def test_what_another_sequence_begins_with_is_read_once():
         assert greedy == expected[1]
 
 
+@pytest.mark.slow
 def test_the_corpus_task_is_scored_by_the_gain_over_the_prior(tmp_path):
     corpus = open_corpus(DataConfig(corpus=str(write_texts(tmp_path)), tokenizer="bpe-400", validation_share=0.3))
     task, model = corpus_task(corpus, limit=40), Recurrent(corpus.tokenizer.vocab_size)

@@ -197,6 +197,7 @@ def test_the_validation_set_is_read_as_in_validation(runs, record):
         assert found["tokens_per_concept"]["n_tokens"] == result.sources[name]["tokens"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("injected", [False, True])
 def test_validation_losses_are_those_of_each_sequence_alone(runs, injected):
     run = runs["dlcm"]

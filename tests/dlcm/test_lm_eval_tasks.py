@@ -177,6 +177,7 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_the_cache_alone_is_used(mo
     lm_eval_tasks._use_cache_alone_where_the_hub_does_not_answer.cache_clear()
 
 
+@pytest.mark.slow
 def test_every_task_of_the_papers_suite_is_one_of_lm_evals():
     folder = Path(lm_eval.tasks.__file__).parent
     named = {

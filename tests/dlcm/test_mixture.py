@@ -174,6 +174,7 @@ def test_every_block_has_the_apportioned_number_of_windows_of_each_source():
         assert np.bincount(block, minlength=3).tolist() == apportion(WEIGHTS, BLOCK_WINDOWS) == [256, 614, 154]
 
 
+@pytest.mark.slow
 def test_shares_hold_in_every_stretch_of_the_stream_not_only_in_whole_blocks():
     mixed = MixedSplit(SPLITS, WEIGHTS)
     for seed in range(4):
@@ -370,6 +371,7 @@ def by_source(trainer, config):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("validation_tokens", [20 * 64, 33 * 64])
 def test_the_loss_is_the_mean_by_weights_and_of_the_union_where_windows_share_out(folder, tmp_path, validation_tokens):
     config = run_config(folder, data=data_of(folder, validation_tokens=validation_tokens))

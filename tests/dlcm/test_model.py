@@ -65,6 +65,7 @@ def test_every_option_is_causal_and_changes_the_output(options):
         assert (model(tokens[:cut]).logits - model(tokens).logits[:cut]).abs().max() < 1e-9
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_packed_equals_per_document_equals_padded(detector, pooling):
@@ -141,6 +142,7 @@ def test_the_language_model_loss_reaches_the_detector_only_through_the_straight_
     assert all(w.weight.grad.abs().max() > 0 for w in (model.boundary.w_q, model.boundary.w_k))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_every_parameter_is_used(detector, pooling):

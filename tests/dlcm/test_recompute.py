@@ -95,6 +95,7 @@ def test_compiled_stacks_recompute_as_well_without_breaks(name, by_block, fresh_
     assert some_bytes < 0.8 * all_bytes
 
 
+@pytest.mark.slow
 def test_names_of_parameters_stay():
     model = build_model(small_config())
     names = list(model.state_dict())

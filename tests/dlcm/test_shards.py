@@ -303,6 +303,7 @@ def test_a_build_that_is_killed_again_and_again_goes_on_and_ends_as_one_that_was
     assert not list((cache / "torn").glob(".*.partial"))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("size", [29, 64, 1_000])
 def test_a_stream_in_many_files_reads_as_one(size, cache, config, corpus, monkeypatch):
     monkeypatch.setattr(build, "SHARD_TOKENS", size)

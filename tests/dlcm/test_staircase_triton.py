@@ -202,6 +202,7 @@ def test_two_runs_are_equal_bit_by_bit(run):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own_segment", [False, True])
 def test_editing_a_document_and_its_boundaries_leaves_all_others_equal_bit_by_bit(run, own_segment):
     lengths, edited = [40, 25, 50], 1
@@ -236,6 +237,7 @@ def test_a_packed_document_equals_the_document_alone_bit_by_bit(run):
         assert torch.equal(a, b[rows])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_padding", [0, 40])
 def test_nothing_above_the_stairs_is_read(run, n_padding):
     case = make([40, 30, 26], n_padding=n_padding)
@@ -257,6 +259,7 @@ def test_no_tokens_and_no_concepts_give_empty_results(run):
     assert [g.shape[0] for g in grads] == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_the_layout_inverts_who_sees_whom():
     from dlcm.backends.staircase_triton import make_layout
 

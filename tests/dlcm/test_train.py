@@ -109,6 +109,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(corpus_path, tmp_path
     assert_same_run(tmp_path / "whole", tmp_path / "torn")
 
 
+@pytest.mark.slow
 def test_when_no_checkpoint_is_readable_the_error_names_the_folder(corpus_path, tmp_path):
     config = make_config(corpus_path)
     with pytest.raises(Killed):
@@ -240,6 +241,7 @@ def test_the_validation_loss_is_that_of_a_loop_over_documents(corpus_path, tmp_p
     assert measured.tokens_per_concept == pytest.approx(n_tokens / n_concepts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dlcm", "dense"])
 def test_statistics_by_domain_are_those_of_a_loop_over_tokens_and_add_up(kind, tmp_path):
     folder = write_sources(tmp_path / "text")

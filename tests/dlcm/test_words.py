@@ -141,6 +141,7 @@ def test_words_that_share_a_place_and_a_memory_that_is_full_change_nothing(backe
     assert encoder._used < encoder._limit + 400
 
 
+@pytest.mark.slow
 def test_a_word_that_comes_again_and_again_is_asked_for_once_while_others_come_and_go(backend, monkeypatch):
     monkeypatch.setattr(words, "_TABLES", {2: 64, 4: 16, 8: 16})
     encoder = new_encoder(backend)

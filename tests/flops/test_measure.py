@@ -231,6 +231,7 @@ def test_the_verb_prints_three_columns_the_difference_and_the_list(dlcm, tmp_pat
     assert told["models"][str(path)]["training"]["fvcore"] is None
 
 
+@pytest.mark.slow
 def test_the_verb_fails_where_a_figure_differs(dlcm, tmp_path, monkeypatch):
     from flops import ops
 

@@ -236,6 +236,7 @@ def test_nothing_is_said_where_the_size_of_the_text_is_not_known(tmp_path):
         assert plan_repeats(make_plan(tmp_path, base_update=update, steps=10**6)) is None
 
 
+@pytest.mark.slow
 def test_plan_submit_and_collect_warn_in_one_line_and_json_stays_pure(tmp_path, dlcm):
     path, runs = tmp_path / "tiny.yaml", tmp_path / "runs"
     data = sweep_dict(tmp_path, steps=4, seeds=(0, 1))

@@ -216,6 +216,7 @@ def test_short_counts(number, text):
     assert short_count(number) == text
 
 
+@pytest.mark.slow
 def test_planning_loads_no_torch():
     code = (
         "import sys; from sweeps import Sweep, plan\n"

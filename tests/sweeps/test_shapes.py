@@ -101,6 +101,7 @@ def depth_of(shape: dict) -> int:
     return sum(shape.get(f"n_{part}_layers", 0) for part in ("encoder", "concept", "decoder"))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("share", SHARES)
 def test_a_bigger_size_is_never_shallower_and_at_equal_depth_never_narrower(share):
     ladder = [dlcm_shape(float(f"{size:.5g}"), share) for size in np.geomspace(3e5, 1e10, 200)]

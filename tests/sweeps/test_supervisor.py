@@ -134,6 +134,7 @@ time.sleep(60)
     assert outcome.report["stopped"] == ["r"]
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_stop_is_ended_after_the_grace(run, worker):
     worker("""
 signal.signal(signal.SIGTERM, signal.SIG_IGN)

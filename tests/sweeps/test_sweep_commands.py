@@ -176,6 +176,7 @@ def test_a_run_that_is_not_there_is_refused_with_the_nearest_name(dlcm, stored, 
     assert refused(dlcm("sweep", verb, "tiny", run_id.replace("dlcm", "dclm")), "no run", run_id)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_log_says_why(dlcm, stored):
     run = stored.runs[0]
     assert refused(dlcm("sweep", "logs", "tiny", run.run_id), "has not started")
@@ -217,6 +218,7 @@ def test_a_damaged_plan_is_refused(dlcm, stored):
     assert refused(dlcm("sweep", "status", "tiny"), "plan.parquet: not readable")
 
 
+@pytest.mark.slow
 def test_the_installed_command_gives_the_same_error_and_exit_code(place):
     program = Path(sys.executable).with_name("dlcm")
     answer = subprocess.run([program, "sweep", "status", "nothing"], capture_output=True, text=True, timeout=60)

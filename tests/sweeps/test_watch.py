@@ -51,6 +51,7 @@ def test_watching_something_else_than_a_terminal_prints_plain_lines_and_ends(fol
     assert "\x1b" not in out.getvalue()
 
 
+@pytest.mark.slow
 def test_watching_gives_up_when_nothing_moves(folder):
     run = load_sweep(folder).runs[0]
     with run_lock(run.path, CLAIM):

@@ -207,6 +207,7 @@ def test_a_worker_that_is_told_to_stop_leaves_the_run_for_later_and_says_so(fold
     assert start(folder).finished  # nothing stands in the way of the next worker
 
 
+@pytest.mark.slow
 def test_out_of_memory_halves_the_micro_batch_once_and_says_so(folder, monkeypatch):
     seen = []
 
@@ -225,6 +226,7 @@ def test_out_of_memory_halves_the_micro_batch_once_and_says_so(folder, monkeypat
     assert state.note == "out of memory with micro-batches of 128 tokens; goes on with 64 (same global batch)"
 
 
+@pytest.mark.slow
 def test_out_of_memory_a_second_time_is_a_failure(folder, monkeypatch):
     def short(config):
         raise MemoryError("no memory at all")
