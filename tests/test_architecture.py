@@ -1,9 +1,9 @@
 """The house: imports go one way, heavy libraries have one door each, and `dlcm --help` answers at once."""
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -110,15 +110,16 @@ def test_help_lists_every_verb_with_a_line_each():
 
 
 def test_help_answers_at_once():
-    # The promise is half a second; twice that is allowed here, because tests run on busy machines.
+    # The promise is half a second; twice that is allowed here, of the processor's time, because tests run on busy machines.
     best = min(_seconds_of_help() for _ in range(3))
     assert best < 2 * HELP_SECONDS
 
 
 def _seconds_of_help() -> float:
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     help_text()
-    return time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
