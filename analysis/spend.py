@@ -53,18 +53,21 @@ class Answer:
         optima: family (or name of a law that says no family) -> best allocation.
         regrets: family -> what each choice costs against it.
         savings: the DLCM against the dense baseline at equal predicted loss, where both were fitted.
+        missing: family -> why it has no answer, where another one has.
     """
 
     optima: Mapping[str, Optimum]
     regrets: Mapping[str, tuple[Regret, ...]]
     savings: Savings | None
+    missing: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def report(self) -> str:
         """As text."""
         parts = []
         for family, best in self.optima.items():
             parts.append("\n".join([best.report(), *(f"  - {r.text}" for r in self.regrets.get(family, ()))]))
-        return "\n\n".join([*parts, *([self.savings.text] if self.savings else [])])
+        parts += [self.savings.text] if self.savings else []
+        return "\n\n".join([*parts, *(f"{family}: no answer: {reason}" for family, reason in self.missing.items())])
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -76,6 +79,7 @@ class Answer:
             "optima": {family: best.to_dict() for family, best in self.optima.items()},
             "regrets": {family: [r.to_dict() for r in found] for family, found in self.regrets.items()},
             "savings": self.savings.to_dict() if self.savings else None,
+            "missing": dict(self.missing),
         }
 
 
@@ -99,17 +103,26 @@ def answer(
         force: as for `optimum`.
 
     Raises:
-        UserError: what `optimum`, `regret` and `savings` raise, or a choice that no fit describes.
+        UserError: what `optimum` raises where no fit has an answer, what `regret` and `savings` raise, or a choice that no fit
+            describes.
     """
     settings: dict[str, Any] = {"tokens": ask.tokens, "bounds": bounds, "limit": limit, "force": force}
-    optima = {family: optimum(fit, ask.cost, ask.budget, **settings) for family, fit in fits.items()}
+    optima: dict[str, Optimum] = {}
+    failed: dict[str, UserError] = {}
+    for family, fit in fits.items():
+        try:
+            optima[family] = optimum(fit, ask.cost, ask.budget, **settings)
+        except UserError as error:
+            failed[family] = error
+    if not optima:
+        raise next(iter(failed.values()))
     regrets: dict[str, tuple[Regret, ...]] = {}
     for choice in choices:
-        for family in _described_by(choice, fits):
+        for family in _described_by(choice, {name: fits[name] for name in optima}):
             found = regret(fits[family], ask.cost, ask.budget, **choice, **settings)
             regrets[family] = (*regrets.get(family, ()), found)
     saved = savings(optima["dlcm"], fits["dense"], ask.cost) if set(FAMILIES) <= optima.keys() else None
-    return Answer(optima, regrets, saved)
+    return Answer(optima, regrets, saved, {family: str(error) for family, error in failed.items()})
 
 
 def _described_by(choice: Choice, fits: Mapping[str, FitResult]) -> list[str]:

@@ -278,3 +278,17 @@ def test_report_and_plot_take_a_users_cost_too(run, mine, tmp_path):
 
 def test_two_fits_of_one_family_are_refused(run, my_fit):
     assert "two fits describe dense models" in run("optimum", my_fit, "--fit", my_fit, *OWN, "--budget", 1e20)[2]
+
+
+def test_a_family_without_an_answer_says_why_beside_the_others(run, adequate_frame, tmp_path):
+    is_dense = adequate_frame["model"] == "dense"
+    kept = ~is_dense | (is_dense.cumsum() == 1)  # of the dense runs the first alone
+    adequate_frame[kept].to_parquet(tmp_path / "results.parquet")
+    shapes = ("--vocab-size", VOCABULARY, "--seq-len", 256, "--budget", 3e13, "--bootstrap", 0)
+    code, out, err = run("optimum", tmp_path / "results.parquet", *shapes, "--json")
+    assert code == 0, err
+    (answer,) = json.loads(out)["answers"]
+    assert list(answer["optima"]) == ["dlcm"]
+    assert "one number of tokens" in answer["missing"]["dense"]
+    _, text, _ = run("optimum", tmp_path / "results.parquet", *shapes)
+    assert "\ndense: no answer: law chinchilla: the runs hold one number of tokens" in text
