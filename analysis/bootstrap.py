@@ -1,11 +1,13 @@
 """Intervals by the Bayesian bootstrap (Rubin 1981): the fit is repeated under random weights of the runs.
 
 A run is weighted whole, and runs that share a trunk together: checkpoints of one run, and branches of one trunk, err together.
-The weights are gamma variates with a mean of 1. With a variance of 1 (exponential variates, Rubin's choice) intervals would be
-too narrow where runs are few, since residuals are smaller than errors: p constants fitted to n clusters take their variance
-down by (n - p) / n. The weights get a variance of n / (n - p) instead. Drawing runs with replacement would leave a third of
-them out of each resample, and with them whole levels of an axis, so that it had to be stratified; here each run keeps some
-weight.
+The weights are gamma variates with a mean of 1. With a variance of 1 (exponential variates, Rubin's choice) intervals of least
+squares would be too narrow where runs are few, for two reasons: residuals are smaller than errors, since p constants fitted to n
+clusters take their variance down by (n - p) / n; and the scatter is itself estimated, so that Student's t stands where the normal
+distribution does. Absolute deviations are another matter: of residuals beyond delta only the sign counts, which does not shrink,
+and with the same weights intervals would be too wide. So the variance of the weights makes up for both reasons in proportion to
+the residuals within delta (`weight_variance`). Drawing runs with replacement would leave a third of them out of each resample,
+and with them whole levels of an axis, so that it had to be stratified; here each run keeps some weight.
 
 An offset (t in (N + t)^-d) cannot be below 0, and where it is about 0 the bootstrap fails (Andrews 2000): refits of the whole
 law put it above 0 more often than not, which shifts the exponent that trades off with it, and intervals of exponents cover 80 to
@@ -32,6 +34,8 @@ _FEW_CLUSTERS = 5
 """Below so many clusters a constant, descents from elsewhere join the one from the answer."""
 _FRESH_STARTS = 3
 _CANDIDATES = 60
+_LEAST_SPARE = 5
+"""Student's t of fewer degrees of freedom would leave nearly all weight with one run."""
 _LEAST = 1e-9
 """Added to a variate, so that where shapes are small no draw weighs a single run alone."""
 
@@ -66,7 +70,7 @@ def bootstrap(
     if not n or not len(theta):
         return np.tile(theta, (n, 1))
     if weights is None:
-        weights = draw_weights(clusters, n, rng, n_constants=len(theta))
+        weights = draw_weights(clusters, n, rng, weight_variance(problem, theta, len(set(clusters))))
     few = len(set(clusters)) < _FEW_CLUSTERS * len(theta)
     fresh = draw_starts(problem, rng, n_starts=_FRESH_STARTS, n_candidates=_CANDIDATES) if few else []
     reduced = without_offsets(problem, theta)
@@ -138,17 +142,33 @@ def without_offsets(problem: Problem, theta: Array, level: float = 0.95) -> tupl
     return None
 
 
-def draw_weights(clusters: Sequence[str], n: int, rng: np.random.Generator, n_constants: int = 0) -> Array:
+def weight_variance(problem: Problem, theta: Array, n_clusters: int) -> float:
+    """Variance of the weights with which refits scatter as fits to new runs would, from 1 up.
+
+    For least squares n / (n - p) times the square of Student's 97.5% quantile over the normal one; see the module on residuals
+    beyond delta.
+
+    Args:
+        problem: the fitted problem.
+        theta: its answer, (p,).
+        n_clusters: number of clusters, n.
+    """
+    spare = max(n_clusters - len(theta), 1)
+    least_squares = n_clusters / spare * (stats.t.ppf(0.975, max(spare, _LEAST_SPARE)) / stats.norm.ppf(0.975)) ** 2
+    within = 1.0
+    if problem.loss == "log_huber" and len(problem) - len(theta) > 1:
+        within = penalty_moments(problem, problem.residuals(theta))[0]
+    return float(1.0 + within * max(least_squares - 1.0, 0.0))
+
+
+def draw_weights(clusters: Sequence[str], n: int, rng: np.random.Generator, variance: float = 1.0) -> Array:
     """Weights of the rows, (n, rows): a gamma variate for each cluster, scaled to a mean of 1 over the clusters."""
     names, of_row = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
-    shape = max(len(names) - n_constants, 1) / len(names)
-    drawn = rng.gamma(shape, size=(n, len(names))) + _LEAST
+    drawn = rng.gamma(1.0 / variance, size=(n, len(names))) + _LEAST
     return (drawn * len(names) / drawn.sum(axis=1, keepdims=True))[:, of_row]
 
 
-def weights_of(quantiles: Array, n_constants: int) -> Array:
+def weights_of(quantiles: Array, variance: float = 1.0) -> Array:
     """The weights of `draw_weights` at given quantiles, (n, clusters), so that another bootstrap may share them."""
-    n_clusters = quantiles.shape[1]
-    shape = max(n_clusters - n_constants, 1) / n_clusters
-    drawn = special.gammaincinv(shape, quantiles) + _LEAST
-    return drawn * n_clusters / drawn.sum(axis=1, keepdims=True)
+    drawn = special.gammaincinv(1.0 / variance, quantiles) + _LEAST
+    return drawn * quantiles.shape[1] / drawn.sum(axis=1, keepdims=True)

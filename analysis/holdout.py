@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.bootstrap import draw_weights
+from analysis.bootstrap import draw_weights, weight_variance
 from analysis.data import ResultsData
 from analysis.design import SAME_BUDGET, find_levels, reduce_by_axes
 from analysis.ensemble import natural_values, refit_many
@@ -135,7 +135,8 @@ def hold_out(
     chosen = [(c, below) for c, below in chosen if below.sum() >= least and not below.all()]
     if not chosen:
         return (), ()
-    weights = draw_weights(data.clusters, n_bootstrap, rng, len(theta)) if n_bootstrap else None
+    variance = weight_variance(problem, theta, len(set(data.clusters)))
+    weights = draw_weights(data.clusters, n_bootstrap, rng, variance) if n_bootstrap else None
     at = _centre(data)
     everything = _exponents(problem, theta[None], at)
     resampled = _exponents(problem, refit_many(problem, theta, weights=weights)[0], at) if n_bootstrap else {}

@@ -274,11 +274,11 @@ def loss_choice(_: ResultsData, result: FitResult) -> list[Finding]:
     for p in result.parameters:
         if not (p.identified and p.name in exponents and p.spread and p.low is not None and p.high is not None):
             continue
-        if p.spread[1] - p.spread[0] > (p.high - p.low) / 2:
+        if p.spread[1] - p.spread[0] > (p.high - p.low) / 3:
             moved.append(f"{p.name} {p.spread[0]:.4g} to {p.spread[1]:.4g}")
     if not moved:
         return []
-    text = f"the choice of loss and delta moves more than half a 95% interval: {', '.join(moved)}"
+    text = f"the choice of loss and delta moves more than a third of a 95% interval: {', '.join(moved)}"
     return [Finding("loss_choice", _WARNING, text)]
 
 

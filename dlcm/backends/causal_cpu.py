@@ -1,7 +1,8 @@
 """Causal self-attention on a CPU by PyTorch's flash kernels, forward and backward each called by name.
 
 Calling them by name does without the gathers that autograd would turn into slow scatters, and gives the compiler a pair of
-functions that it can take as they are. The gradients of sequences of middle length come from `causal_blocks`, which is faster.
+functions that it can take as they are. The gradients of sequences of middle length come from `causal_blocks` where that is
+faster.
 
 Shape legend: T tokens, H query heads, G key-value heads, A head width.
 """
@@ -14,13 +15,15 @@ from torch import Tensor
 from dlcm.backends.causal_blocks import causal_backward
 from dlcm.backends.rows import Rows, sequences
 from dlcm.concepts import Packing
+from dlcm.provenance import processor_name
 
 # Both accept grouped key-value heads, and the backward sums their gradients over the query heads of a group.
 flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-# Lengths at which blocks of several heads take 0.7 to 0.9 of the time of the flash kernel's backward pass: below there is too
-# little to multiply, above the kernel's own blocks are as good. Measured at heads of 16 to 128.
-_BLOCKS = range(256, 2049)
+# Lengths at which blocks of several heads take 0.7 to 0.9 of the time of the flash kernel's backward pass on an AMD EPYC: below
+# there is too little to multiply, above the kernel's own blocks are as good. Measured at heads of 16 to 128. On Intel's own
+# processors the library that the kernel calls multiplies small matrices so well that blocks take 1.3 to 1.5 times as long.
+_BLOCKS = range(0) if "Intel" in processor_name() else range(256, 2049)
 
 
 def forward(

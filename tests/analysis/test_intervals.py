@@ -5,7 +5,7 @@ import pytest
 from scipy import optimize, stats
 
 from analysis import ResultsData, fit, laws
-from analysis.bootstrap import bootstrap, draw_weights, without_offsets
+from analysis.bootstrap import bootstrap, draw_weights, weight_variance, without_offsets
 from analysis.objective import Problem
 from analysis.profile import profile_intervals
 
@@ -62,11 +62,29 @@ def test_the_bootstrap_of_least_squares_scatters_as_theory_says():
     assert np.log(draws).std() == pytest.approx(np.log(loss).std(ddof=1) / np.sqrt(30), rel=0.05)
 
 
-def test_weights_have_the_mean_and_the_variance_that_make_up_for_the_constants():
-    weights = draw_weights([str(i) for i in range(40)], 20000, np.random.default_rng(0), n_constants=8)
+def test_weights_have_the_mean_and_the_variance_asked_for():
+    weights = draw_weights([str(i) for i in range(40)], 20000, np.random.default_rng(0), variance=1.25)
     assert weights.mean(axis=1) == pytest.approx(1.0, abs=1e-12)
     # scaled to a fixed sum, gamma variates of shape a are Dirichlet: variance (n - 1) / (n a + 1)
-    assert weights.var(axis=0).mean() == pytest.approx(39 / (40 * 32 / 40 + 1), rel=0.03)
+    assert weights.var(axis=0).mean() == pytest.approx(39 / (40 / 1.25 + 1), rel=0.03)
+
+
+@pytest.mark.parametrize("loss", ["log_mse", "log_huber"])
+@pytest.mark.parametrize("noise", [1e-4, 1e-3, 1e-2])
+def test_weights_make_up_for_the_constants_as_far_as_residuals_give_way_to_them(noise, loss):
+    problem, theta = with_offsets(noise)
+    problem = problem.with_loss(loss)
+    least_squares = 108 / 97 * (stats.t.ppf(0.975, 97) / stats.norm.ppf(0.975)) ** 2
+    # delta is 1e-3
+    within = 1.0 if loss == "log_mse" else 2 * stats.norm.cdf(1e-3 / noise) - 1
+    found = weight_variance(problem, theta, 108)
+    assert found - 1 == pytest.approx(within * (least_squares - 1), abs=0.1 * (least_squares - 1))
+
+
+def test_weights_of_hardly_more_runs_than_constants_are_not_all_on_one_run():
+    problem, theta = with_offsets()
+    assert weight_variance(problem, theta, 5) < 10
+    assert draw_weights(list("abcde"), 1000, np.random.default_rng(0), 9.0).max(axis=1).min() < 5
 
 
 @pytest.mark.slow
@@ -147,7 +165,7 @@ def test_where_an_offset_may_be_zero_half_of_the_refits_hold_it_there():
     assert at_zero[::2].all()
     assert not at_zero[1::2].all()
     held = problem.with_law(*(laws.Change("fix", n, value=0.0, reason="test") for n in ("t_t", "t_c", "t_d")))
-    weights = draw_weights(clusters, 101, np.random.default_rng(0), n_constants=len(theta))
+    weights = draw_weights(clusters, 101, np.random.default_rng(0), weight_variance(problem, theta, 108))
     again = optimize.least_squares(
         lambda x: np.sqrt(weights[0]) * held.residuals(x), np.delete(theta, offsets), xtol=1e-12, x_scale="jac"
     )

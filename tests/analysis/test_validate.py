@@ -6,7 +6,7 @@ from scipy import optimize, stats
 from typer.testing import CliRunner
 
 from analysis import ResultsData, fit, laws
-from analysis.bootstrap import draw_weights
+from analysis.bootstrap import draw_weights, weight_variance
 from analysis.commands import app
 from analysis.descent import minimise
 from analysis.growth import allocation_exponent
@@ -324,7 +324,7 @@ def test_weights_of_a_drift_are_the_same_in_both_fits():
     _, drifts = hold_out(problem, theta, data, np.random.default_rng(0), cuts=(1e20,), n_bootstrap=100)
     star = next(d for d in drifts if d.name == "N*")
     spread = abs((star.at_cuts[0] - star.value) / star.z)
-    weights = draw_weights(data.clusters, 100, np.random.default_rng(1), len(theta))
+    weights = draw_weights(data.clusters, 100, np.random.default_rng(1), weight_variance(problem, theta, len(data)))
     below = data.C <= 1e20
     from analysis.ensemble import natural_values, refit_many
 
