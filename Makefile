@@ -19,6 +19,7 @@ TESTS := $(shell find tests benchmarks notebooks docs -type f -not -path '*/__py
 export OMP_NUM_THREADS ?= 1
 # Tests start hundreds of interpreters, which read byte code faster than they make it.
 unexport PYTHONDONTWRITEBYTECODE
+# Where all tests run, one worker more: those of clusters and sweeps wait for much of their time.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: setup demo test check lint style types fast docs clean clean-demo
@@ -52,7 +53,7 @@ test: $(STAMPS)/test
 $(STAMPS)/test: $(STAMPS)/setup $(SOURCES) $(TESTS)
 	@$(MAKE) --no-print-directory lint
 	@echo "== tests"
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	@$(BIN)/python -m pytest -n $$(( $(WORKERS) + 1 )) --dist worksteal
 	@mkdir -p $(STAMPS) && touch $@
 
 # Types take one processor for a minute: side by side with the tests.

@@ -171,30 +171,38 @@ class FitResult:
         return self.status in (Status.CERTIFIED, Status.NOT_IDENTIFIED)
 
     def predict(self, **inputs: Any) -> Array:
-        """Predicted loss, nats per token."""
+        """Predicted loss, nats per token.
+
+        Raises:
+            UserError: an input leaves the one value that the runs have of it: the fitted law does not depend on it then.
+        """
+        self._require_known(inputs)
         return self.law.predict(self.values, **inputs)
 
     def predict_interval(self, **inputs: Any) -> tuple[Array, Array]:
         """95% bootstrap interval of the predicted loss (of the law, not of a new run).
 
         Raises:
-            UserError: the fit was made without a bootstrap, or an input leaves the one value that the runs have of it: the
-                fitted law does not depend on it then, and the interval would be that of a law without it.
+            UserError: the fit was made without a bootstrap, or an input leaves the one value that the runs have of it.
         """
-        from analysis.unknown import unknown_inputs
-
         if not len(self.replicates):
             raise UserError("this fit has no bootstrap; fit again with n_bootstrap > 0 for intervals")
+        self._require_known(inputs)
+        draws = np.stack([self.law.predict(v, **inputs) for v in self.replicate_values()])
+        low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+        return low, high
+
+    def _require_known(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse inputs that the runs never varied at values that they do not have."""
+        from analysis.unknown import unknown_inputs
+
         for name in unknown_inputs(self.law):
-            values = np.atleast_1d(np.asarray(inputs.get(name, []), dtype=float))
+            values = np.unique(np.asarray(inputs.get(name, []), dtype=float))
             if any(self.outside(**{name: value}) for value in values.tolist()):
                 raise UserError(
                     f"law {self.law.name}: the runs hold one {name} ({self.describe_range(name)}), so what it does to the "
                     f"loss is not known; predict at that {name}, or add runs with others"
                 )
-        draws = np.stack([self.law.predict(v, **inputs) for v in self.replicate_values()])
-        low, high = np.percentile(draws, [2.5, 97.5], axis=0)
-        return low, high
 
     def replicate_values(self) -> list[dict[str, float]]:
         """Constants of each bootstrap refit."""

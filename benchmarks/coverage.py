@@ -37,6 +37,8 @@ SMALL = {"t_t": 3e6, "t_c": 3e6, "t_d": 3e7}
 LARGE = {"t_t": 1e7, "t_c": 1e7, "t_d": 1e8}
 """Offsets that the runs cannot tell from 0 and that move exponents nonetheless, and offsets that they can."""
 NOISES = (0.003, 0.01)
+QUIET = 0.0003
+"""Below delta, where the fit is one of least squares."""
 REFITS = 400
 _LOWEST, _HIGHEST = 0.92, 0.98
 
@@ -48,6 +50,7 @@ class Case:
     Attributes:
         budget: of the optimum that is asked for: training FLOPs, or where `tokens` are given inference FLOPs per token.
         tokens: D, where the design has one value of it, so that no trade between size and tokens can be found.
+        noises: standard deviations of the logarithm of the loss.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Case:
     P: Array
     budget: float
     tokens: float | None = None
+    noises: tuple[float, ...] = NOISES
 
     def simulate(self, noise: float, rng: np.random.Generator) -> ResultsData:
         """One simulated sweep."""
@@ -97,7 +101,7 @@ def _grid(*axes: Any) -> list[Array]:
 
 def _dense(name: str, sizes: Array, tokens: Array) -> Case:
     N, D = _grid(sizes, tokens)
-    return Case(name, laws.CHINCHILLA, DENSE, N, D, np.ones(len(N)), np.zeros(len(N)), 3e20)
+    return Case(name, laws.CHINCHILLA, DENSE, N, D, np.ones(len(N)), np.zeros(len(N)), 3e20, noises=(QUIET, *NOISES))
 
 
 def cases() -> list[Case]:
@@ -194,7 +198,7 @@ def main() -> None:
     rows = [row for row in read_json(path)["rows"] if row["design"] not in names] if path.exists() and args.case else []
     with ProcessPoolExecutor(n_processors()) as pool:
         for case in chosen:
-            for noise in NOISES:
+            for noise in case.noises:
                 rows += measure(case, noise, args.sims, pool)
     order = [case.name for case in cases()]
     rows.sort(key=lambda row: order.index(row["design"]))

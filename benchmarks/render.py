@@ -235,7 +235,7 @@ def coverage_table(payload: Payload) -> str:
         rows.setdefault((row["design"], row["noise"]), {})[row["of"]] = cell
     return format_table(
         [
-            {"design": design, "noise": f"{noise:.1%}", **{name: cells.get(name, "") for name in names}}
+            {"design": design, "noise": f"{100 * noise:g}%", **{name: cells.get(name, "") for name in names}}
             for (design, noise), cells in rows.items()
         ]
     )

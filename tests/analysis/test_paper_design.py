@@ -162,6 +162,8 @@ def test_what_other_tokens_do_is_refused_where_the_runs_hold_one_number_of_them(
     for factor in (3.0, 10.0):
         with pytest.raises(UserError, match=r"the runs hold one D \(2e\+11\)"):
             result.predict_interval(**{**MIDDLE, "D": factor * TOKENS})
+        with pytest.raises(UserError, match=r"the runs hold one D \(2e\+11\)"):
+            result.predict(**{**MIDDLE, "D": np.array([TOKENS, factor * TOKENS])})
         with pytest.raises(UserError, match=r"one number of tokens \(D = 2e\+11\)"):
             optimum(result, cost(), factor * float(cost()(**MIDDLE)), force=True)
     with pytest.raises(UserError, match="what tokens are worth is not known"):
@@ -176,6 +178,7 @@ def test_what_other_tokens_do_is_refused_where_the_runs_hold_one_number_of_them(
     assert best.loss_low is not None
     low, high = result.predict_interval(**MIDDLE)
     assert low < float(equation_22(TRUTH, **MIDDLE)) < high
+    assert low < float(result.predict(**MIDDLE)) < high
 
 
 @pytest.mark.slow

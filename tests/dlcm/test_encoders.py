@@ -133,9 +133,10 @@ def test_processes_leave_when_the_builder_is_interrupted(error, gpt2_pattern, tw
 
 
 ORPHANS = """
-import itertools, sys
+import itertools, signal, sys
 from dlcm import encoders
 from dlcm.tokens import Tokenizer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 encoders.n_processes, encoders._WORTH_BYTES = (lambda: 2), 0
 groups = ((i, [b"some text of no great length %d" % i * 1000]) for i in itertools.count())
 with encoders.Encoders(Tokenizer.train(["some text"], 300), None) as pool:
@@ -154,7 +155,7 @@ def test_no_process_outlives_a_builder_that_is_killed(sent):
         assert len(children) == 2
         assert not any(is_gone(pid) for pid in children)
         builder.send_signal(sent)
-        assert builder.wait() == -sent
+        assert builder.wait(timeout=60) == -sent
     deadline = time.monotonic() + 60
     while not all(is_gone(pid) for pid in children):
         assert time.monotonic() < deadline, "orphans"
