@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from dlcm.backends import causal_blocks
+from dlcm.backends import causal_blocks, causal_cpu
 from dlcm.backends.causal_blocks import causal_backward
+from dlcm.concepts import Packing
 
 
 def dense(q, k, v, scale):
@@ -63,3 +64,25 @@ def test_a_row_whose_log_sum_exp_is_infinity_weighs_nothing():
     for a, b in zip(found, part):
         torch.testing.assert_close(a[:, :, :40], b, rtol=1e-12, atol=1e-12)
         assert not a[:, :, 40:].any()
+
+
+def test_packed_sequences_have_the_same_gradients_by_blocks_and_by_the_kernel(monkeypatch):
+    """Which of the two is taken depends on the processor: here both, for sequences of unlike length."""
+    generator = torch.Generator().manual_seed(0)
+    packing = Packing(torch.tensor([0, 70, 370, 371, 640]))
+    q, d_out = (torch.randn(640, 4, 8, dtype=torch.float64, generator=generator) for _ in range(2))
+    k, v = (torch.randn(640, 2, 8, dtype=torch.float64, generator=generator) for _ in range(2))
+    out, lse = causal_cpu.forward(q, k, v, packing)
+    calls, found = [], {}
+
+    def counted(*args):
+        calls.append(args)
+        return causal_backward(*args)
+
+    monkeypatch.setattr(causal_cpu, "causal_backward", counted)
+    for way, lengths in (("kernel", range(0)), ("blocks", range(1, 2049))):
+        monkeypatch.setattr(causal_cpu, "_BLOCKS", lengths)
+        found[way] = causal_cpu.backward(d_out, q, k, v, out, lse, packing)
+        assert bool(calls) == (way == "blocks")
+    for a, b in zip(*found.values()):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
