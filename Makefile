@@ -1,6 +1,7 @@
 # make demo    a real sweep on this machine's CPU, from text to plots, table and optimum
 # make test    lint, types and every test
 # make check   lint, types and the fast tests
+# make gpu     the tests of what runs on a GPU alone, on a machine that has one
 # make docs    the documentation as a site in site/, which opens without a server or a network
 # make setup   the virtual environment in .venv/ that all of these use
 # Each does nothing where nothing has changed.
@@ -22,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Where all tests run, one worker more: those of clusters and sweeps wait for much of their time.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: setup demo test check lint style types fast docs clean clean-demo
+.PHONY: setup demo test check lint style types fast gpu docs clean clean-demo
 .DELETE_ON_ERROR:
 
 setup: $(STAMPS)/setup
@@ -73,6 +74,10 @@ types: $(STAMPS)/setup
 fast: $(STAMPS)/setup
 	@echo "== fast tests"
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow and not cluster'
+
+gpu: $(STAMPS)/setup
+	@echo "== tests on a GPU"
+	@TEST_GPU=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m gpu
 
 docs: $(STAMPS)/setup
 	@echo "== site"

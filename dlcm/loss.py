@@ -9,6 +9,8 @@ Shape legend: T tokens, c tokens of a chunk, W token width, V vocabulary.
 """
 
 import math
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -40,8 +42,8 @@ def linear_cross_entropy(x_TW: Tensor, weight_VW: Tensor, targets_T: Tensor) -> 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """In which dtype products with `x` are taken: that of autocast where it is on."""
     device = x.device.type
-    # Not every device has autocast: shapes are counted on `meta`.
-    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Shapes are counted on `meta`, which has no autocast. (The function that tells is not one that every Dynamo can trace.)
+    cast = device != "meta" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if cast else x.dtype
 
 
@@ -57,23 +59,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_TW = torch.empty_like(narrow_TW) if grad else None
             grad_VW = torch.zeros_like(weight_VW, dtype=wide) if grad else None
             rows = chunk_rows(x_TW.shape[0], weight_VW.shape[0], x_TW.device.type)
-            room_cV = nats_T.new_empty(min(rows, x_TW.shape[0]), weight_VW.shape[0])
+            fused = _has_kernel(narrow_TW)
+            room_cV = None if fused else nats_T.new_empty(min(rows, x_TW.shape[0]), weight_VW.shape[0])
             for start in range(0, x_TW.shape[0], rows):
                 part = slice(start, start + rows)
-                target_c1 = targets_T[part, None]
-                power_cV, sum_c1, nats_T[part] = _softmax(narrow_TW[part], narrow_VW, target_c1, room_cV)
+                if room_cV is None:
+                    delta_cV, sum_c1 = (
+                        _fused_delta(narrow_TW[part], narrow_VW, targets_T[part], nats_T[part], grad),
+                        None,
+                    )
+                else:
+                    target_c1 = targets_T[part, None]
+                    power_cV, sum_c1, nats_T[part] = _softmax(narrow_TW[part], narrow_VW, target_c1, room_cV)
+                    # The gradient of the sum in the logits: softmax, less one at the target; here times the sum of the row.
+                    delta_cV = power_cV.scatter_add_(1, target_c1, -sum_c1)
                 if grad_TW is None or grad_VW is None:
                     continue
-                # The gradient of the sum in the logits: softmax, less one at the target; here times the sum of the row.
-                delta_cV = power_cV.scatter_add_(1, target_c1, -sum_c1)
-                if dtype == wide:
+                if sum_c1 is not None and dtype == wide:
                     # Divided where it is narrow.
                     torch.mm(delta_cV, narrow_VW, out=grad_TW[part]).div_(sum_c1)
                     grad_VW.addmm_(delta_cV.T, narrow_TW[part] / sum_c1)
-                else:
+                    continue
+                if sum_c1 is not None:
                     delta_cV = delta_cV.div_(sum_c1).to(dtype)
-                    torch.mm(delta_cV, narrow_VW, out=grad_TW[part])
-                    grad_VW += delta_cV.T @ narrow_TW[part]
+                torch.mm(delta_cV, narrow_VW, out=grad_TW[part])
+                grad_VW += delta_cV.T @ narrow_TW[part]
         if grad:
             ctx.save_for_backward(grad_TW, grad_VW)
             ctx.dtypes = x_TW.dtype, weight_VW.dtype
@@ -86,6 +96,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_TW, grad_VW = ctx.saved_tensors
         of_x, of_weight = ctx.dtypes
         return (grad_TW * grad_sum).to(of_x), (grad_VW * grad_sum).to(of_weight), None, None, None
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """Whether a chunk goes through the kernel for GPUs, which computes in fp32."""
+    return x.is_cuda and x.dtype != torch.float64 and find_spec("triton") is not None
+
+
+def _fused_delta(x_cW: Tensor, weight_VW: Tensor, target_c: Tensor, nats_c: Tensor, grad: bool) -> Tensor:
+    """Logits, in their place the gradient in them, and the losses in `nats_c`; the logits themselves without `grad`."""
+    logits_cV = x_cW @ weight_VW.T
+    import_module("dlcm.backends.cross_entropy_triton").softmax_delta_(logits_cV, target_c, nats_c, grad)
+    return logits_cV
 
 
 def _softmax(x_cW: Tensor, weight_VW: Tensor, target_c1: Tensor, room_cV: Tensor) -> tuple[Tensor, Tensor, Tensor]:

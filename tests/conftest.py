@@ -4,6 +4,10 @@ from pathlib import Path
 
 import pytest
 
+# Tests hold what runs on a CPU to the bit, and are the same everywhere: they see a GPU where they are asked for it (`make gpu`).
+if os.environ.get("TEST_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 from dlcm.cli import main
 
 

@@ -10,9 +10,10 @@ from dlcm.attention import cross_attention as attend
 from dlcm.backends import reference
 from dlcm.concepts import Packing, Segments, segment
 from dlcm.errors import UserError
-from tests.dlcm.staircase_worker import SMALL, Interpreter, solve
+from tests.dlcm.triton_worker import SMALL, Interpreter, solve
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Several tiles of 32 in one document, tiles with many documents, empty documents, and documents of one token.

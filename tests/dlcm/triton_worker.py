@@ -1,4 +1,4 @@
-"""Runs the staircase kernels for tests: on the GPU where there is one, else under Triton's interpreter in another process.
+"""Runs the Triton kernels for tests: on the GPU where there is one, else under Triton's interpreter in another process.
 
 The interpreter is chosen by an environment variable when Triton is imported, and it leaves Triton's language patched behind.
 Tests share their process with others in any order, so the interpreter gets a process of its own, which reads problems from
@@ -19,6 +19,21 @@ SMALL = (32, 32, 4, 2)
 
 
 def solve(problem: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """What the kernels give for a problem: cross-entropy where there are `logits`, else the staircase."""
+    return _cross_entropy(problem) if "logits" in problem else _staircase(problem)
+
+
+def _cross_entropy(problem: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """Losses, and what stands in the place of the logits."""
+    from dlcm.backends.cross_entropy_triton import softmax_delta_
+
+    logits = problem["logits"].clone()
+    nats = torch.full(logits.shape[:1], float("nan"), device=logits.device)
+    softmax_delta_(logits, problem["targets"], nats, problem["gradient"])
+    return nats, logits
+
+
+def _staircase(problem: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     """Outputs, log-sum-exp, and the gradients of queries, keys and values where there is `d_out`."""
     from dlcm.backends import staircase_tiles, staircase_triton
 
