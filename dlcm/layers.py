@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dlcm import fused_gpu
 from dlcm.config import ModelConfig
 from dlcm.fused import applies, rms_norm, rms_norm_rotated, swiglu
 
@@ -38,7 +39,20 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Return x over the root of its mean square, times the gain."""
         assert self.eps is not None
+        if fused_gpu.applies(x):
+            return fused_gpu.rms_norm(x, self.weight, self.eps)
         return rms_norm(x, self.weight, self.eps) if applies(x) else super().forward(x)
+
+    def added(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The sum x + branch (x where there is none), and its norm, as a product is to take it.
+
+        Go on from the sum that comes back, not from `x`: a GPU adds the gradients of both in one pass.
+        """
+        assert self.eps is not None
+        if fused_gpu.applies(x):
+            return fused_gpu.add_rms_norm(x, branch, self.weight, self.eps)
+        total = x if branch is None else x + branch
+        return total, self(total)
 
     def rotated(self, x_THA: Tensor, rotary: "Rotary") -> Tensor:
         """The normed heads at their positions."""
@@ -77,6 +91,12 @@ class Attention(nn.Module):
 
     def forward(self, x_TW: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         """Return the attention branch, (T, W)."""
+        if fused_gpu.applies(x_TW):
+            assert self.q_norm.eps is not None
+            x_TX = fused_gpu.products(x_TW, self.w_q.weight, self.w_k.weight, self.w_v.weight)
+            gains, n_kv = (self.q_norm.weight, self.k_norm.weight), self.w_k.out_features // self.d_head
+            qkv = fused_gpu.heads(x_TX, *gains, self.q_norm.eps, rotary.cos_T1A, rotary.sin_T1A, n_kv)
+            return self.w_o(attend(*qkv).flatten(1))
         q_THA, k_TGA, v_TGA = (split_heads(w(x_TW), self.d_head) for w in (self.w_q, self.w_k, self.w_v))
         q_THA, k_TGA = self.q_norm.rotated(q_THA, rotary), self.k_norm.rotated(k_TGA, rotary)
         return self.w_o(attend(q_THA.to(v_TGA.dtype), k_TGA.to(v_TGA.dtype), v_TGA).flatten(1))
@@ -92,6 +112,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_TW: Tensor) -> Tensor:
         """Return the feed-forward branch, (T, W)."""
+        if fused_gpu.applies(x_TW):
+            return self.w_down(fused_gpu.swiglu(fused_gpu.products(x_TW, self.w_gate.weight, self.w_up.weight)))
         gate_TF, up_TF = self.w_gate(x_TW), self.w_up(x_TW)
         return self.w_down(swiglu(gate_TF, up_TF) if applies(gate_TF) else F.silu(gate_TF) * up_TF)
 
@@ -105,17 +127,19 @@ class Block(nn.Module):
         self.attention = Attention(width, n_heads, n_kv_heads, d_head, side)
         self.ff = SwiGLU(width, d_ff, side)
 
-    def mix(self, x_TW: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        """The first half: x + attention(norm x)."""
-        return x_TW + self.attention(self.attention_norm(x_TW), rotary, attend)
+    def mix(self, x_TW: Tensor, rotary: Rotary, attend: Attend) -> tuple[Tensor, Tensor]:
+        """The first half, not yet added up: x, and attention(norm x)."""
+        x_TW, normed_TW = self.attention_norm.added(x_TW, None)
+        return x_TW, self.attention(normed_TW, rotary, attend)
 
-    def feed_forward(self, x_TW: Tensor) -> Tensor:
-        """The second half: x + SwiGLU(norm x)."""
-        return x_TW + self.ff(self.ff_norm(x_TW))
+    def feed_forward(self, x_TW: Tensor, branch_TW: Tensor) -> Tensor:
+        """The second half: y + SwiGLU(norm y) of y = x + branch."""
+        x_TW, normed_TW = self.ff_norm.added(x_TW, branch_TW)
+        return x_TW + self.ff(normed_TW)
 
     def forward(self, x_TW: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         """Return the block's output, (T, W)."""
-        return self.feed_forward(self.mix(x_TW, rotary, attend))
+        return self.feed_forward(*self.mix(x_TW, rotary, attend))
 
 
 def token_block(config: ModelConfig) -> Block:
@@ -157,11 +181,12 @@ class CrossAttention(nn.Module):
         self.w_o = Linear(d_q, config.d_token, "token")
         self.q_norm, self.k_norm = RMSNorm(d_head, "token"), RMSNorm(d_head, "token")
 
-    def forward(self, x_TW: Tensor, concepts: Concepts, read: Read) -> Tensor:
-        """Return the cross-attention branch, (T, W)."""
-        q_THA = self.q_norm(split_heads(self.w_q(self.norm(x_TW)), self.d_head))
+    def forward(self, x_TW: Tensor, branch_TW: Tensor, concepts: Concepts, read: Read) -> tuple[Tensor, Tensor]:
+        """The sum y = x + branch, and the cross-attention branch of norm y, not yet added to it."""
+        x_TW, normed_TW = self.norm.added(x_TW, branch_TW)
+        q_THA = self.q_norm(split_heads(self.w_q(normed_TW), self.d_head))
         k_KGA, v_KGA, null_GA = self.keys_values(concepts)
-        return self.w_o(read(q_THA.to(v_KGA.dtype), k_KGA, v_KGA, null_GA).flatten(1))
+        return x_TW, self.w_o(read(q_THA.to(v_KGA.dtype), k_KGA, v_KGA, null_GA).flatten(1))
 
     def keys_values(self, concepts: Concepts) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values (K, G, A) of the concepts and the value (G, A) of the null concept, if any."""
@@ -181,11 +206,11 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x_TW: Tensor, concepts: Concepts, rotary: Rotary, attend: Attend, read: Read | None) -> Tensor:
         """Return the block's output, (T, W)."""
-        x_TW = self.block.mix(x_TW, rotary, attend)
+        x_TW, branch_TW = self.block.mix(x_TW, rotary, attend)
         if self.cross is not None:
             assert read is not None
-            x_TW = x_TW + self.cross(x_TW, concepts, read)
-        return self.block.feed_forward(x_TW)
+            x_TW, branch_TW = self.cross(x_TW, branch_TW, concepts, read)
+        return self.block.feed_forward(x_TW, branch_TW)
 
 
 def split_heads(x_TW: Tensor, d_head: int) -> Tensor:

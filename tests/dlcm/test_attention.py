@@ -387,7 +387,7 @@ def test_the_flash_operators_take_what_is_passed_and_give_the_shapes_of_the_inpu
     """On the meta device: what the operators check of their arguments, without a GPU."""
     packing, _, q, k, v, *_ = half_case(n_kv=n_kv)
     q, k, v = (x.detach().to("meta") for x in (q, k, v))
-    packing.__dict__["_varlen"] = packing.cu_seqlens_S1.int().to("meta"), 9
+    packing.__dict__["_varlen"] = packing.cu_seqlens_S1.int().to("meta"), 9, False
     out, lse = varlen.forward(q, k, v, packing)
     assert (out.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:2], torch.float32)
     gradients = varlen.backward(out, q, k, v, out, lse, packing)

@@ -19,8 +19,34 @@ SMALL = (32, 32, 4, 2)
 
 
 def solve(problem: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    """What the kernels give for a problem: cross-entropy where there are `logits`, else the staircase."""
+    """What the kernels give for a problem: cross-entropy where there are `logits`, a named function, else the staircase."""
+    if "model" in problem:
+        return _model(**problem)
+    if "function" in problem:
+        from dlcm.backends import fused_triton
+
+        found = getattr(fused_triton, problem["function"])(*problem["inputs"])
+        return found if isinstance(found, tuple) else (found,)
     return _cross_entropy(problem) if "logits" in problem else _staircase(problem)
+
+
+def _model(
+    model: Any, tokens: torch.Tensor, cu_seqlens: torch.Tensor, boundaries: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Loss of the next token and all gradients of a model whose blocks go through the kernels."""
+    from dlcm import fused_gpu
+
+    applies, fused_gpu.applies = fused_gpu.applies, lambda x: True
+    try:
+        out = model(tokens[:-1], cu_seqlens=cu_seqlens, boundaries=boundaries, targets=tokens[1:])
+        return out.loss_sum.detach(), *torch.autograd.grad(out.loss_sum, [p for _, p in trained(model)])
+    finally:
+        fused_gpu.applies = applies
+
+
+def trained(model: Any) -> list[tuple[str, Any]]:
+    """Parameters that have a gradient where boundaries are given."""
+    return [(name, p) for name, p in model.named_parameters() if not name.startswith("boundary.")]
 
 
 def _cross_entropy(problem: dict[str, Any]) -> tuple[torch.Tensor, ...]:

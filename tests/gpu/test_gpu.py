@@ -88,7 +88,7 @@ def test_self_attention_by_flash_errs_at_most_twice_as_much_as_the_eager_one(wid
         (torch.bfloat16, lambda q, k, v, packing: self_attention(q, k, v, packing, "auto")),
     ):
         qkv = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        out = attend(*qkv, packing)
+        out = attend(qkv[0], qkv[1], qkv[2], packing)
         results.append([out.detach(), *torch.autograd.grad(out, qkv, d_out.to(dtype))])
     out, lse = varlen.forward(q, k, v, packing)
     results.append([out, *varlen.backward(d_out, q, k, v, out, lse, packing)])
