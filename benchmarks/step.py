@@ -29,14 +29,16 @@ from dlcm.model import Model, Output, build_model
 from dlcm.optim import build_optimizer
 from flops import count, parameters
 from flops.hardware import recognise
-from sweeps.shapes import dense_shape, dlcm_shape
+from sweeps.shapes import DEFAULT_RULE, ShapeRule, dense_shape, dlcm_shape
 
 RATIO, SHARE = 4.0, 0.6
+# What suits the matrix units of a large GPU: heads of 128, all widths multiples of it.
+GPU_RULE = ShapeRule(d_head=128, multiple_of=128)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is run on a device: parameters without embeddings, vocabulary, windows of a batch and their length."""
+    """What is run on a device: parameters without embeddings, vocabulary, windows of a batch and their length, shapes."""
 
     size: float
     vocab_size: int
@@ -44,11 +46,12 @@ class Setting:
     seq_len: int
     repeats: int
     limit: float = math.inf
+    rule: ShapeRule = DEFAULT_RULE
 
 
 SETTINGS = {
     "cpu": Setting(5e6, 4096, 8, 512, 9, 1.15),
-    "cuda": Setting(3.5e8, 32_768, 8, 2048, 15, 1.2),
+    "cuda": Setting(3.5e8, 32_768, 12, 2048, 15, 1.2, GPU_RULE),
     "quick": Setting(3e5, 512, 2, 128, 2, 1.15),
 }
 
@@ -123,8 +126,8 @@ def packed_windows(setting: Setting, seed: int = 0) -> Tensor:
 def configs(setting: Setting) -> dict[str, ModelConfig]:
     """The two models."""
     boundary = BoundaryConfig(compression_ratio=RATIO)
-    dlcm: dict[str, Any] = {"boundary": boundary, **dlcm_shape(setting.size, SHARE)}
-    dense: dict[str, Any] = {"kind": "dense", **dense_shape(setting.size)}
+    dlcm: dict[str, Any] = {"boundary": boundary, **dlcm_shape(setting.size, SHARE, setting.rule)}
+    dense: dict[str, Any] = {"kind": "dense", **dense_shape(setting.size, setting.rule)}
     return {name: ModelConfig(vocab_size=setting.vocab_size, **x) for name, x in (("dense", dense), ("dlcm", dlcm))}
 
 

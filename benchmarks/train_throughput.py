@@ -5,13 +5,15 @@
 Three models of one size take turns on the same windows: `LlamaForCausalLM` (SDPA attention, its own loss), our dense model of the
 same layers, widths, heads and vocabulary, and a DLCM of as many parameters at R = 4. The optimizer (fused AdamW), the precision
 (bf16 autocast on a GPU, fp32 on a CPU), clipping and compilation are the same. Ours also normalises queries and keys, which Llama
-does not. FLOPs are the closed form's, so that the DLCM's tokens a second stand beside the ratio of FLOPs.
+does not. FLOPs are the closed form's, so that the DLCM's tokens a second stand beside the ratio of FLOPs. On a GPU the peak of
+a step in torch's allocator stands beside the estimate of `flops.memory`; a model that does not fit is left out.
 
 Limits (`--assert`): dense over Llama at least 1.1; on a GPU at 350M an MFU of 45% dense and 38% DLCM.
 """
 
 import argparse
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from itertools import count as from_zero
 from typing import Any
 
@@ -19,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import device_name, environment, format_table, median_ms, write_result
-from benchmarks.step import RATIO, Setting, configs
+from benchmarks.step import GPU_RULE, RATIO, Setting, configs
 from dlcm.boundary import global_statistics, ratio_loss, uniform_draws
 from dlcm.config import ModelConfig, OptimConfig
 from dlcm.model import Model, build_model
 from dlcm.optim import build_optimizer
 from flops import count, parameters
 from flops.hardware import recognise
+from flops.memory import OPTIMIZER_BYTES, WEIGHT_BYTES, memory
 
 LEAST = 1.1
 MFU_LIMITS = {"dense": 0.45, "dlcm": 0.38}
@@ -33,7 +36,7 @@ MFU_LIMITS = {"dense": 0.45, "dlcm": 0.38}
 
 SETTINGS = {
     "cpu": (Setting(1e6, 4096, 8, 512, 25), Setting(5e6, 4096, 8, 512, 25)),
-    "cuda": (Setting(3.5e8, 32_768, 8, 2048, 15),),
+    "cuda": (Setting(3.5e8, 32_768, 12, 2048, 15, rule=GPU_RULE),),
     "quick": (Setting(2e5, 512, 2, 128, 2),),
 }
 
@@ -92,8 +95,8 @@ def our_forward(model: Model, tokens_T: Tensor, setting: Setting, autocast: torc
     return forward
 
 
-def measure(setting: Setting, device: str, compiled: bool) -> dict[str, Any]:
-    """Tokens a second of the three, and their ratios."""
+def steppers(setting: Setting, device: str, compiled: bool) -> dict[str, tuple[nn.Module, Callable[[], None]]]:
+    """The three models, and a step of each."""
     tokens_T = torch.randint(0, setting.vocab_size, (setting.n_windows * setting.seq_len + 1,)).to(device)
     autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
     optim = OptimConfig(lr_token=1e-5, lr_concept=1e-5)
@@ -108,13 +111,45 @@ def measure(setting: Setting, device: str, compiled: bool) -> dict[str, Any]:
             return run(input_ids=rows_BT, shift_labels=labels_BT, labels=labels_BT).loss
 
     fused = torch.optim.AdamW(theirs.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    steps = {"llama": stepper(their_forward, fused, theirs)}
+    made: dict[str, tuple[nn.Module, Callable[[], None]]] = {"llama": (theirs, stepper(their_forward, fused, theirs))}
     for name, config in shapes.items():
         model = build_model(config).to(device).train()
         if compiled:
-            model.compile_stacks()
-        steps[name] = stepper(our_forward(model, tokens_T, setting, autocast), build_optimizer(model, optim), model)
-    times = median_ms(steps, setting.repeats, device)
+            model.compile_stacks(by_block=device == "cuda")  # as runs do
+        step = stepper(our_forward(model, tokens_T, setting, autocast), build_optimizer(model, optim), model)
+        made[name] = model, step
+    return made
+
+
+def warm_up(made: Mapping[str, tuple[nn.Module, Callable[[], None]]], device: str) -> dict[str, float]:
+    """Take three steps of each model; the peak of the last one in bytes, on a GPU, of those that fit."""
+    peaks = {}
+    for name, (module, step) in made.items():
+        try:
+            for _ in range(2):
+                step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            step()
+        except torch.OutOfMemoryError as error:
+            print(f"{name} does not fit: {str(error).partition('.')[0]}", flush=True)
+            module.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            continue
+        peaks[name] = 0.0
+        if device == "cuda":
+            states = (WEIGHT_BYTES + OPTIMIZER_BYTES) * sum(p.numel() for p in module.parameters())
+            peaks[name] = states + torch.cuda.max_memory_allocated() - before
+    return peaks
+
+
+def measure(setting: Setting, device: str, compiled: bool) -> dict[str, Any]:
+    """Tokens a second of the three, and their ratios."""
+    made, shapes = steppers(setting, device, compiled), configs(setting)
+    peaks = warm_up(made, device)
+    times = median_ms({name: made[name][1] for name in peaks}, setting.repeats, device)
     n = setting.n_windows * setting.seq_len
     rate = {name: 1e3 * n / ms for name, ms in times.items()}
     flops = {
@@ -123,16 +158,23 @@ def measure(setting: Setting, device: str, compiled: bool) -> dict[str, Any]:
     }
     known = recognise(device_name(device)) if device == "cuda" else None
     peak = None if known is None else known.peak(True)
-    mfu = {} if peak is None else {f"MFU {name}": flops[name] * rate[name] / peak for name in shapes}
+    mfu = {} if peak is None else {f"MFU {name}": flops[name] * rate[name] / peak for name in shapes if name in rate}
+    estimates = {
+        name: memory(config, n, bf16=True, gpu=True, evaluation_tokens=0).total / 1e9 for name, config in shapes.items()
+    }
+    gigabytes = {f"peak GB {name}": value / 1e9 for name, value in peaks.items()}
+    gigabytes |= {f"estimated GB {name}": value for name, value in estimates.items()}
+    theirs = made["llama"][0]
     return {
         "size": parameters(shapes["dense"]).non_embedding,
         "llama size": sum(p.numel() for p in theirs.parameters()) - 2 * setting.vocab_size * shapes["dense"].d_token,
         "compiled": compiled,
         **{f"{name} tokens/s": value for name, value in rate.items()},
-        "dense over llama": rate["dense"] / rate["llama"],
+        "dense over llama": rate["dense"] / rate["llama"] if "llama" in rate else None,
         "dlcm over dense": rate["dlcm"] / rate["dense"],
         "FLOPs dense over dlcm": flops["dense"] / flops["dlcm"],
         **mfu,
+        **(gigabytes if device == "cuda" else {}),
     }
 
 
@@ -146,16 +188,21 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = SETTINGS["quick" if options.quick else device]
     modes = (False, True) if options.compile else (False,)
-    rows = [measure(setting, device, compiled) for setting in settings for compiled in modes]
-    print(format_table(rows))
+    rows = []
+    for setting, compiled in itertools.product(settings, modes):
+        rows.append(measure(setting, device, compiled))
+        print(format_table(rows[-1:]), flush=True)
     name = f"train_throughput_{'quick' if options.quick else device}"
     from importlib.metadata import version
 
+    batch = [{"windows": s.n_windows, "seq_len": s.seq_len, "vocabulary": s.vocab_size} for s in settings]
+    models = [{name: config.model_dump(mode="json") for name, config in configs(s).items()} for s in settings]
     where = environment(device)
     where["versions"]["transformers"] = version("transformers")
-    print(f"-> {write_result(name, {'environment': where, 'threads': torch.get_num_threads(), 'rows': rows})}")
+    about = {"environment": where, "threads": torch.get_num_threads(), "batch": batch, "models": models}
+    print(f"-> {write_result(name, {**about, 'rows': rows})}")
     if options.must:
-        slow = [row for row in rows if row["dense over llama"] < LEAST]
+        slow = [row for row in rows if row["dense over llama"] is not None and row["dense over llama"] < LEAST]
         low = [row for row in rows for name, least in MFU_LIMITS.items() if row.get(f"MFU {name}", 1.0) < least]
         if slow or low:
             raise SystemExit(f"error: {len(slow)} below {LEAST}x of Llama, {len(low)} below the MFU wanted")

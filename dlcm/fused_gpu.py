@@ -102,12 +102,13 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TW: Tensor, dtype: torch.dtype, *weights_XW: Tensor) -> Tensor:
         x_TW = x_TW.to(dtype)
-        sizes = [weight.shape[0] for weight in weights_XW]
-        beside_XW = x_TW.new_empty(sum(sizes), x_TW.shape[1])
-        for part, weight in zip(beside_XW.split(sizes), weights_XW):
-            part.copy_(weight)
+        ctx.sizes, ctx.dtypes = [weight.shape[0] for weight in weights_XW], [weight.dtype for weight in weights_XW]
+        if len(weights_XW) == 1:
+            beside_XW = weights_XW[0].to(dtype)
+        else:
+            beside_XW = x_TW.new_empty(sum(ctx.sizes), x_TW.shape[1])
+            torch._foreach_copy_(beside_XW.split(ctx.sizes), weights_XW)
         ctx.save_for_backward(x_TW, beside_XW)
-        ctx.sizes, ctx.dtypes = sizes, [weight.dtype for weight in weights_XW]
         return torch.mm(x_TW, beside_XW.T)
 
     @staticmethod
@@ -115,8 +116,16 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, d_y_TX: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_TW, beside_XW = ctx.saved_tensors
         d_x_TW = torch.mm(d_y_TX, beside_XW) if ctx.needs_input_grad[0] else None
-        parts = torch.mm(d_y_TX.T, x_TW).split(ctx.sizes)
+        d_beside_XW = _accumulated(d_y_TX.T, x_TW, ctx.dtypes[0])
+        parts = d_beside_XW.split(ctx.sizes) if len(ctx.sizes) > 1 else (d_beside_XW,)
         return d_x_TW, None, *(part.to(dtype) for part, dtype in zip(parts, ctx.dtypes))
+
+
+def _accumulated(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Matrix product whose sums, fp32 inside, are written as such where that is wanted: not rounded, then widened."""
+    if a.is_cuda and a.dtype != dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b)
 
 
 class _Heads(torch.autograd.Function):

@@ -28,6 +28,19 @@ class Linear(nn.Linear):
         self.side: Side = side
         super().__init__(d_in, d_out, bias=False)
 
+    def forward(self, x: Tensor) -> Tensor:  # the parent's name is `input`
+        """Return the product with the matrix."""
+        if x.dim() == 2 and fused_gpu.applies(x):
+            return fused_gpu.products(x, self.weight)
+        return super().forward(x)
+
+    def of_row(self, x_1W: Tensor) -> Tensor:
+        """The product with a single row; on a GPU in the dtype of the weights, which are not copied for so little."""
+        if not fused_gpu.applies(x_1W):
+            return self(x_1W)
+        with torch.autocast(x_1W.device.type, enabled=False):
+            return F.linear(x_1W.to(self.weight.dtype), self.weight)
+
 
 class RMSNorm(nn.RMSNorm):
     """RMSNorm whose gain learns at the rate of `side`."""
@@ -192,8 +205,10 @@ class CrossAttention(nn.Module):
         """Keys and values (K, G, A) of the concepts and the value (G, A) of the null concept, if any."""
         v_KGA = split_heads(self.w_v(concepts.z_KC), self.d_head)
         k_KGA = self.k_norm(split_heads(self.w_k(concepts.z_KC), self.d_head)).to(v_KGA.dtype)
-        null_GA = None if concepts.null_1C is None else split_heads(self.w_v(concepts.null_1C), self.d_head)[0]
-        return k_KGA, v_KGA, null_GA
+        if concepts.null_1C is None:
+            return k_KGA, v_KGA, None
+        null_GA = split_heads(self.w_v.of_row(concepts.null_1C), self.d_head)[0]
+        return k_KGA, v_KGA, null_GA.to(v_KGA.dtype)
 
 
 class DecoderBlock(nn.Module):

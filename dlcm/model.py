@@ -37,7 +37,7 @@ from dlcm.layers import (
     concept_block,
     token_block,
 )
-from dlcm.loss import compute_dtype, linear_cross_entropy
+from dlcm.loss import linear_cross_entropy
 from dlcm.output import Output as Output
 from dlcm.output import mean_square
 
@@ -86,7 +86,7 @@ class ConceptStack(nn.Module):
         if self.config.smoothing == "causal":
             taps = zip(self.smoother_4C, earlier(z_KC, SMOOTHER_WIDTH))
             z_KC = z_KC + sum(w_C * tap_KC for w_C, tap_KC in taps)
-        return Concepts(z_KC, None if self.null_1C is None else self.null_1C.to(compute_dtype(z_KC)))
+        return Concepts(z_KC, self.null_1C)
 
     def forward(
         self, pooled_KW: Tensor, gate_K1: Tensor | None, rotary: Rotary, attends: Sequence[Attend], position_K: Tensor

@@ -16,10 +16,11 @@ Checked on a CPU (`tests/flops/test_memory.py`): activations and casts are what 
 and in bf16; the total is 0.94 to 1.11 of the allocator's peak of a real step at 16. With one micro-batch it errs on the high
 side, by 4 bytes a parameter at most: gradients come as activations go. The rest is the mask of token-to-concept attention.
 
-A GPU is not a CPU in three respects. Norms are computed in fp32 (`rms_norm` is on CUDA's autocast list), so that every matrix
-keeps its own bf16 copy of its input; they are fused, so that they keep their input and one number a row, where a CPU under
-autocast keeps the normalised rows too; and the SwiGLU keeps silu(gate), as under autocast, where `dlcm.fused` computes it again.
-The same test holds these rules, with norms replaced by ones that do that; no GPU's allocator was asked.
+A GPU goes through the functions of `dlcm.fused_gpu`: norms keep their input and one number a row, where a CPU under autocast
+keeps the normalised rows too; the matrices that read one row share it, and what they give, beside each other, is kept before
+and behind QK-norms and rotation; in fp32 matrices beside each other are copies; and cross-entropy has its gradient in the place
+of its logits. The same test holds these rules, with the kernels replaced by plain operations, and `make gpu` holds the total
+against the peak of a GPU's allocator.
 
 Not counted: the batch itself, buffers, kernels' workspace, fragmentation, what the attention backends `reference`, `sdpa` and
 `flex` keep of masks and scores (the fused kernels that `auto` takes keep q, k, v, output and one number a query), and what
@@ -51,7 +52,7 @@ class Memory:
         weights: fp32 parameters.
         gradients: fp32.
         optimizer: both moments of AdamW, fp32.
-        casts: bf16 copies of the matrices; 0 in fp32.
+        casts: bf16 copies of the matrices; in fp32, on a GPU, of those that are taken beside each other, else 0.
         activations: kept for the backward pass of one micro-batch, by component of the model.
         head: the gradient of the unembedding, and what cross-entropy or, if more, the gradient of the last SwiGLU has at work.
         evaluation: the largest forward pass of validation, which keeps no activations but may have more tokens.
@@ -98,22 +99,30 @@ class _Rules:
         """Bytes of a number that autocast casts."""
         return 2 if self.bf16 else 4
 
-    def norm(self, width: float, n: float = 1) -> float:
-        """An RMSNorm over `n` rows: its fp32 input, one number a row, and, unfused, the normalised rows."""
-        return n * (4 * width * (1 if self.gpu or not self.bf16 else 2) + 4)
+    def stream(self, narrow: bool) -> int:
+        """Bytes of a number of a residual stream: that of tokens is in fp32, that of concepts as narrow as W_up gives it."""
+        return self.b if narrow and self.gpu else 4
+
+    def norm(self, width: float, n: float = 1, narrow: bool = False) -> float:
+        """An RMSNorm over `n` rows: its input, one number a row, and, unfused, the normalised rows, in fp32."""
+        return n * (self.stream(narrow) * width * (1 if self.gpu or not self.bf16 else 2) + 4)
 
     @property
     def fused(self) -> bool:
-        """Whether the functions of `dlcm.fused` are at work."""
-        return not self.gpu and not self.bf16
+        """Whether the functions of `dlcm.fused` or `dlcm.fused_gpu` are at work, which compute silu(gate) again."""
+        return self.gpu or not self.bf16
+
+    def copies(self, matrices: int, beside: int) -> int:
+        """Bytes of the copies of matrices: of all under autocast; in fp32 on a GPU of those that are taken beside each other."""
+        return 2 * matrices if self.bf16 else 4 * beside if self.gpu else 0
 
     def inputs(self, width: float, n_matrices: int, narrow_stream: bool = False) -> float:
         """Inputs of matrices that read one normed row.
 
-        In fp32 they share it. Under autocast each keeps its own bf16 copy of an fp32 row; a row that is in bf16 already,
-        as that of a norm on a CPU is where the residual stream is, they share.
+        In fp32, and on a GPU, they share it. Under autocast on a CPU each keeps its own bf16 copy of an fp32 row; a row that is
+        in bf16 already, as that of a norm is where the residual stream is, they share.
         """
-        shared = not self.bf16 or (narrow_stream and not self.gpu)
+        shared = self.gpu or not self.bf16 or narrow_stream
         return self.b * width * (1 if shared else n_matrices)
 
 
@@ -144,10 +153,10 @@ def memory(
     rules = _Rules(bf16, gpu)
     n_concepts = micro_batch_tokens / config.compression_target if n_concepts is None else n_concepts
     activations = _activations(config, rules, micro_batch_tokens, n_concepts)
-    casts, recomputation = 2 * _matrix_parameters(config) if bf16 else 0, 0.0
+    casts, recomputation = rules.copies(_matrix_parameters(config, gpu), _parameters_beside(config)), 0.0
     if checkpointing:
         activations = _without_blocks(config, rules, micro_batch_tokens, n_concepts, activations)
-        casts = 2 * _bridge_parameters(config) if bf16 else 0
+        casts = rules.copies(config.d_token * config.d_concept, 0) if not config.is_dense else 0
         largest = _largest_block(config, rules, micro_batch_tokens, n_concepts)
         recomputation = max(largest - _head(config, rules, micro_batch_tokens), 0.0)
     return Memory(
@@ -177,7 +186,7 @@ def _activations(config: ModelConfig, rules: _Rules, n_tokens: float, n_concepts
     parts |= {
         "boundary": n_tokens * _boundary(c),
         "pooling": _pooling(c, rules, n_tokens, n_concepts),
-        "backbone": n_concepts * (c.n_concept_layers * backbone + 4 * c.d_head + rules.norm(c.d_concept)),
+        "backbone": n_concepts * (c.n_concept_layers * backbone + 4 * c.d_head + rules.norm(c.d_concept, narrow=True)),
         "smoothing": n_concepts * _smoothing(c, rules),
         "cross_attention": _cross(c, rules, n_tokens, n_concepts),
         "decoder": n_tokens * c.n_decoder_layers * _token_block(c, rules),
@@ -197,21 +206,21 @@ def _without_blocks(
     )
     parts["backbone"] += n_concepts * (c.n_concept_layers * rules.b * c.d_concept - backbone)
     # All cross-attentions read the same concepts, smoothed in fp32, and know the tokens of first segments.
-    narrow = c.smoothing == "none" and not rules.gpu
-    parts["cross_attention"] = n_concepts * (rules.b if narrow else 4) * c.d_concept + n_tokens
+    parts["cross_attention"] = n_concepts * (rules.b if c.smoothing == "none" else 4) * c.d_concept + n_tokens
     parts["decoder"] = 4.0 * n_tokens * c.n_decoder_layers * c.d_token
     return parts
 
 
 def _largest_block(c: ModelConfig, rules: _Rules, n_tokens: float, n_concepts: float) -> float:
     """Activations and casts of the block that has most of them."""
-    cast = 2 if rules.bf16 else 0
-    token = n_tokens * _token_block(c, rules) + cast * _token_matrices(c)
+    heads = c.n_heads_token, c.n_kv_heads_token, c.d_head, c.d_ff_token
+    token = n_tokens * _token_block(c, rules) + rules.copies(_token_matrices(c), _matrices_beside(c.d_token, *heads))
     if c.is_dense:
         return token
     heads = c.n_heads_concept, c.n_kv_heads_concept, c.d_head, c.d_ff_concept
-    concept = n_concepts * _block(c.d_concept, *heads, rules, True) + cast * _concept_matrices(c)
-    cross = _cross(c, rules, n_tokens, n_concepts) / c.n_cross_attentions + cast * _cross_matrices(c)
+    concept = n_concepts * _block(c.d_concept, *heads, rules, True)
+    concept += rules.copies(_concept_matrices(c), _matrices_beside(c.d_concept, *heads))
+    cross = _cross(c, rules, n_tokens, n_concepts) / c.n_cross_attentions + rules.copies(_cross_matrices(c), 0)
     return max(token + cross, concept)
 
 
@@ -237,8 +246,12 @@ def _block(width: int, h: int, g: int, a: int, f: int, rules: _Rules, narrow_str
     Two norms with the inputs of Q, K, V and of gate and up; the QK-norms; q, k, v and output of the attention with one
     log-sum-exp a head; gate, up, their product, and, unfused, silu(gate).
     """
-    norms = 2 * rules.norm(width) + rules.norm(a, h + g)
+    norms = 2 * rules.norm(width, narrow=narrow_stream)
     inputs = rules.inputs(width, 3, narrow_stream) + rules.inputs(width, 2, narrow_stream)
+    if rules.gpu:  # q, k and v before the QK-norms, and a number for each head
+        norms += rules.b * a * (h + 2 * g) + 4 * (h + g)
+    else:
+        norms += rules.norm(a, h + g)
     return norms + inputs + rules.b * a * (2 * h + 2 * g) + 4 * h + (3 if rules.fused else 4) * rules.b * f
 
 
@@ -267,7 +280,7 @@ def _smoothing(c: ModelConfig, rules: _Rules) -> float:
     """The taps, each times its weights, and the mask of each but the first."""
     if c.smoothing == "none":
         return 0.0
-    tap_bytes = 2 if rules.bf16 and not rules.gpu else 4
+    tap_bytes = 2 if rules.bf16 else 4
     return ops.SMOOTHER_WIDTH * tap_bytes * c.d_concept + ops.SMOOTHER_WIDTH - 1
 
 
@@ -275,12 +288,11 @@ def _cross(c: ModelConfig, rules: _Rules, n_tokens: float, n_concepts: float) ->
     """All cross-attentions: norm and Q of tokens, K and V of concepts, the attention, and the choice of the null concept."""
     h, g, a, n = c.n_heads_token, c.n_kv_heads_token, c.d_head, c.n_cross_attentions
     with_null = c.pooling == "mean"
-    token = rules.norm(c.d_token) + rules.inputs(c.d_token, 1) + rules.norm(a, h)
+    token = rules.norm(c.d_token) + rules.inputs(c.d_token, 1) + rules.norm(a, h, narrow=True)
     token += rules.b * a * h * (3 if with_null else 2) + 4 * h
-    concept = rules.norm(a, g) + 2 * rules.b * a * g
+    concept = rules.norm(a, g, narrow=True) + 2 * rules.b * a * g
     # K and V of all layers read the same concepts: shared where no cast is between, else a copy for each matrix.
-    narrow = c.smoothing == "none" and not rules.gpu
-    copies = 1 if not rules.bf16 or narrow else 2 * n
+    copies = 1 if not rules.bf16 or c.smoothing == "none" else 2 * n
     return (
         n * (n_tokens * token + n_concepts * concept)
         + n_concepts * rules.b * c.d_concept * copies
@@ -292,10 +304,12 @@ def _head(c: ModelConfig, rules: _Rules, n_tokens: float) -> float:
     """Bytes of cross-entropy at work on a chunk: its logits in fp32, which become their exponentials.
 
     Under autocast also a bf16 copy of them, a bf16 copy of the unembedding, and its gradient by the chunk; and its input, which
-    nothing keeps, in fp32 and in bf16.
+    nothing keeps, in fp32 and in bf16. On a GPU there is the bf16 copy of the logits alone, which becomes their gradient.
     """
     logits = chunk_rows(int(n_tokens), c.vocab_size, "cuda" if rules.gpu else "cpu") * c.vocab_size
-    return 6 * (logits + n_tokens * c.d_token) + 4 * c.vocab_size * c.d_token if rules.bf16 else 4 * logits
+    if not rules.bf16:
+        return 4 * logits
+    return (2 if rules.gpu else 6) * logits + 6 * n_tokens * c.d_token + 4 * c.vocab_size * c.d_token
 
 
 def _work(c: ModelConfig, rules: _Rules, n_tokens: float) -> float:
@@ -306,8 +320,8 @@ def _work(c: ModelConfig, rules: _Rules, n_tokens: float) -> float:
     return max(_head(c, rules, n_tokens), n_tokens * 3 * rules.b * c.d_ff_token)
 
 
-def _matrix_parameters(c: ModelConfig) -> int:
-    """Parameters that autocast casts: every matrix of the layers, and the null concept.
+def _matrix_parameters(c: ModelConfig, gpu: bool) -> int:
+    """Parameters that autocast casts: every matrix of the layers, and, but on a GPU, the null concept.
 
     The boundary's are computed in fp32, and that of the unembedding lives inside of cross-entropy.
     """
@@ -315,11 +329,25 @@ def _matrix_parameters(c: ModelConfig) -> int:
     if c.is_dense:
         return n
     n += c.n_concept_layers * _concept_matrices(c) + c.n_cross_attentions * _cross_matrices(c)
-    return n + _bridge_parameters(c)
+    return n + c.d_token * c.d_concept + (c.d_concept if c.pooling == "mean" and not gpu else 0)
 
 
 def _layer_matrices(d: int, h: int, g: int, a: int, f: int) -> int:
     return d * a * (2 * h + 2 * g) + 3 * d * f
+
+
+def _matrices_beside(d: int, h: int, g: int, a: int, f: int) -> int:
+    """Of a block: Q, K and V, and gate and up."""
+    return d * a * (h + 2 * g) + 2 * d * f
+
+
+def _parameters_beside(c: ModelConfig) -> int:
+    heads = c.n_heads_token, c.n_kv_heads_token, c.d_head, c.d_ff_token
+    n = (c.n_encoder_layers + c.n_decoder_layers) * _matrices_beside(c.d_token, *heads)
+    if c.is_dense:
+        return n
+    heads = c.n_heads_concept, c.n_kv_heads_concept, c.d_head, c.d_ff_concept
+    return n + c.n_concept_layers * _matrices_beside(c.d_concept, *heads)
 
 
 def _token_matrices(c: ModelConfig) -> int:
@@ -332,11 +360,6 @@ def _concept_matrices(c: ModelConfig) -> int:
 
 def _cross_matrices(c: ModelConfig) -> int:
     return 2 * c.d_head * (c.n_heads_token * c.d_token + c.n_kv_heads_token * c.d_concept)
-
-
-def _bridge_parameters(c: ModelConfig) -> int:
-    """W_up and the null concept, which lie in no block."""
-    return c.d_token * c.d_concept + (c.d_concept if not c.is_dense and c.pooling == "mean" else 0)
 
 
 def largest_micro_batch(

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 # Elements of a tile, and programs that share the rows where a sum over all of them is taken: several for each multiprocessor.
-_TILE, _PROGRAMS, _ELEMENTS = 2048, 528, 1024
+_TILE, _ELEMENTS = 2048, 1024
+_PROGRAMS, _HEAD_PROGRAMS = 792, 2112
 
 
 def add_rms_norm(
@@ -68,10 +69,10 @@ def add_rms_norm_backward(
     width = total.shape[-1]
     n_rows = total.numel() // width
     block, rows = _tile(width)
-    n_programs = min(_PROGRAMS, triton.cdiv(n_rows, rows)) or 1
+    n_programs = min(_PROGRAMS, triton.cdiv(n_rows, rows))
     d_x = torch.empty_like(total)
     d_branch = d_x if branch is None or branch == total.dtype else torch.empty_like(total, dtype=branch)
-    d_weight_PW = torch.zeros(n_programs, width, dtype=torch.float32, device=total.device)
+    d_weight_PW = torch.empty(n_programs, width, dtype=torch.float32, device=total.device)
     if n_rows:
         with torch.cuda.device_of(total):
             norm_grad_kernel[n_programs,](
@@ -128,17 +129,16 @@ def heads_backward(
     """Gradients of what `heads` took, (T, (H + 2 G) A), and of both gains, given those of what it gave, all contiguous."""
     (n_tokens, n_heads, d_head), n_kv = d_q.shape, d_k.shape[1]
     half, rows = _half(d_head)
-    n_programs = min(max(1, _PROGRAMS // (n_heads + 2 * n_kv)), triton.cdiv(n_tokens, rows)) or 1
+    n_programs = min(max(1, _HEAD_PROGRAMS // (n_heads + 2 * n_kv)), triton.cdiv(n_tokens, rows))
     d_x = torch.empty_like(x_TX)
-    partial = torch.zeros(n_programs, n_heads + n_kv, 2, d_head // 2, dtype=torch.float32, device=x_TX.device)
+    d_gains = torch.empty(n_programs, n_heads + n_kv, d_head, dtype=torch.float32, device=x_TX.device)
     if n_tokens:
         with torch.cuda.device_of(x_TX):
             heads_grad_kernel[n_programs, n_heads + 2 * n_kv](
-                d_q, d_k, d_v, x_TX, *weights_2A, cos_T1A, sin_T1A, scale, d_x, partial, n_tokens,
+                d_q, d_k, d_v, x_TX, *weights_2A, cos_T1A, sin_T1A, scale, d_x, d_gains, n_tokens,
                 H=n_heads, G=n_kv, HALF=d_head // 2, BLOCK_A=half, ROWS=rows, num_warps=_warps(half * rows),
             )  # fmt: skip
-    d_gains = partial.sum(0).flatten(1)
-    return d_x, *(d_gains[part].sum(0) for part in (slice(0, n_heads), slice(n_heads, None)))
+    return d_x, d_gains[:, :n_heads].sum((0, 1)), d_gains[:, n_heads:].sum((0, 1))
 
 
 def swiglu(x_TX: Tensor) -> Tensor:
@@ -231,11 +231,11 @@ def norm_grad_kernel(
 
 
 @triton.jit
-def _gain(weight_q, weight_k, at_A, is_query, WIDTH: tl.constexpr):
+def _gain(weight_q, weight_k, at_A, head, H: tl.constexpr, WIDTH: tl.constexpr):
     """Half of the gain of a query or of a key."""
-    inside_A = at_A < WIDTH
-    of_q_A = tl.load(weight_q + at_A, mask=inside_A & is_query, other=0.0)
-    return (of_q_A + tl.load(weight_k + at_A, mask=inside_A & (is_query == 0), other=0.0)).to(tl.float32)
+    head_A = at_A * 0 + head
+    of_q_A = tl.load(weight_q + at_A, mask=(at_A < WIDTH) & (head_A < H), other=0.0)
+    return (of_q_A + tl.load(weight_k + at_A, mask=(at_A < WIDTH) & (head_A >= H), other=0.0)).to(tl.float32)
 
 
 @triton.jit
@@ -262,9 +262,8 @@ def heads_kernel(
         tl.store(v + to_TA, a_TA, mask=inside_TA)
         tl.store(v + to_TA + HALF, b_TA, mask=inside_TA)
     else:
-        is_query = head < H
-        w_a = _gain(weight_q, weight_k, at_A, is_query, HALF)
-        w_b = _gain(weight_q + HALF, weight_k + HALF, at_A, is_query, HALF)
+        w_a = _gain(weight_q, weight_k, at_A, head, H, HALF)
+        w_b = _gain(weight_q + HALF, weight_k + HALF, at_A, head, H, HALF)
         a, b = a_TA.to(tl.float32), b_TA.to(tl.float32)
         scale_T = tl.rsqrt(tl.sum(a * a + b * b, 1) / (2 * HALF) + eps)
         tl.store(scale + t_T * (H + G) + head, scale_T, mask=t_T < n_tokens)
@@ -274,12 +273,14 @@ def heads_kernel(
         sin_TA = tl.load(sin + angle_TA, mask=inside_TA, other=0.0).to(tl.float32)
         first_TA = (a * cos_TA - b * sin_TA).to(q.dtype.element_ty)
         second_TA = (a * sin_TA + b * cos_TA).to(q.dtype.element_ty)
+        head_1A = (at_A * 0 + head)[None, :]
+        query_TA, key_TA = inside_TA & (head_1A < H), inside_TA & (head_1A >= H)
         to_TA = _places(t_T, head, at_A, H, HALF)
-        tl.store(q + to_TA, first_TA, mask=inside_TA & is_query)
-        tl.store(q + to_TA + HALF, second_TA, mask=inside_TA & is_query)
+        tl.store(q + to_TA, first_TA, mask=query_TA)
+        tl.store(q + to_TA + HALF, second_TA, mask=query_TA)
         to_TA = _places(t_T, head - H, at_A, G, HALF)
-        tl.store(k + to_TA, first_TA, mask=inside_TA & (is_query == 0))
-        tl.store(k + to_TA + HALF, second_TA, mask=inside_TA & (is_query == 0))
+        tl.store(k + to_TA, first_TA, mask=key_TA)
+        tl.store(k + to_TA + HALF, second_TA, mask=key_TA)
 
 
 @triton.jit
@@ -290,9 +291,8 @@ def heads_grad_kernel(
     """Every n-th tile of tokens of one head."""
     head = tl.program_id(1)
     at_A = tl.arange(0, BLOCK_A)
-    is_query = head < H
-    w_a = _gain(weight_q, weight_k, at_A, is_query, HALF)
-    w_b = _gain(weight_q + HALF, weight_k + HALF, at_A, is_query, HALF)
+    w_a = _gain(weight_q, weight_k, at_A, head, H, HALF)
+    w_b = _gain(weight_q + HALF, weight_k + HALF, at_A, head, H, HALF)
     d_w_a, d_w_b = tl.zeros([BLOCK_A], tl.float32), tl.zeros([BLOCK_A], tl.float32)
     for first in range(tl.program_id(0) * ROWS, n_tokens, tl.num_programs(0) * ROWS):
         t_T = (first + tl.arange(0, ROWS)).to(tl.int64)
@@ -303,7 +303,8 @@ def heads_grad_kernel(
             tl.store(d_x + to_TA, tl.load(d_v + from_TA, mask=inside_TA, other=0.0), mask=inside_TA)
             tl.store(d_x + to_TA + HALF, tl.load(d_v + from_TA + HALF, mask=inside_TA, other=0.0), mask=inside_TA)
         else:
-            query_TA, key_TA = inside_TA & is_query, inside_TA & (is_query == 0)
+            head_1A = (at_A * 0 + head)[None, :]
+            query_TA, key_TA = inside_TA & (head_1A < H), inside_TA & (head_1A >= H)
             q_TA, k_TA = _places(t_T, head, at_A, H, HALF), _places(t_T, head - H, at_A, G, HALF)
             g_a = tl.load(d_q + q_TA, mask=query_TA, other=0.0) + tl.load(d_k + k_TA, mask=key_TA, other=0.0)
             g_b = tl.load(d_q + q_TA + HALF, mask=query_TA, other=0.0)

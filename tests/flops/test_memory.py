@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute_checkpoint
 
-from dlcm import layers, recompute, validation
+from dlcm import fused_gpu, recompute, validation
 from dlcm.boundary import uniform_draws
 from dlcm.config import BoundaryConfig, ModelConfig, RunConfig
 from dlcm.model import build_model
@@ -18,6 +17,7 @@ from dlcm.train import step_seconds
 from flops.calibrate import synthetic_corpus
 from flops.memory import VALIDATION_BATCH_TOKENS, largest_micro_batch, memory
 from sweeps.shapes import dlcm_shape
+from tests import plain_kernels
 
 DENSE = {"kind": "dense", "vocab_size": 90, "d_token": 32, "n_encoder_layers": 2, "d_head": 16, "n_heads_token": 2}
 DENSE |= {"d_ff_token": 56}
@@ -56,21 +56,6 @@ SHAPES = {
     "dlcm-fixed": {**DLCM, **boundary(detector="fixed")},
     "dlcm-random": {**DLCM, **boundary(detector="random")},
 }
-
-
-class CudaNorm(torch.autograd.Function):
-    """What CUDA's fused RMSNorm keeps under autocast: its input in fp32 and one number a row; it returns fp32."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        x = x.float()
-        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, scale, weight)
-        return x * scale * weight
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return torch.zeros_like(ctx.saved_tensors[0]), None, None
 
 
 def saved_bytes(
@@ -129,10 +114,10 @@ def test_activations_are_what_autograd_saves_to_the_byte(name, bf16):
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["dense-gqa", "dlcm", "dlcm-unsmoothed", "dlcm-first", "dlcm-straight-through"])
-def test_the_rules_of_a_gpu_give_what_autograd_saves_with_its_norms(name, bf16, monkeypatch):
-    # No GPU is asked: the norms are replaced by what PyTorch's CUDA autocast list and fused kernel say of them.
-    monkeypatch.setattr(F, "rms_norm", lambda x, _, weight, eps: CudaNorm.apply(x, weight, eps))
-    monkeypatch.setattr(layers, "applies", lambda _: False)
+def test_the_rules_of_a_gpu_give_what_autograd_saves_with_its_functions(name, bf16, monkeypatch):
+    # No GPU is asked: the kernels are replaced by plain operations, which give tensors of the same shapes and dtypes.
+    monkeypatch.setattr(fused_gpu, "applies", lambda _: True)
+    monkeypatch.setattr(fused_gpu, "_kernels", lambda: plain_kernels)
     config = ModelConfig(**SHAPES[name])
     saved, n_concepts = saved_bytes(config, 160, bf16)
     found = memory(config, 160, bf16=bf16, gpu=True, n_concepts=n_concepts)
