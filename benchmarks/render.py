@@ -57,6 +57,28 @@ def rows_table(payload: Payload) -> str:
     return format_table([{name.replace("_", " "): value for name, value in row.items()} for row in payload["rows"]])
 
 
+def gpu_throughput_table(payload: Payload) -> str:
+    """A line for each model, compiled or not: what was measured of it, and its rate over that of Llama in the same mode."""
+    lines = []
+    for row in payload["rows"]:
+        for model in ("llama", "dense", "dlcm"):
+            rate, theirs = row.get(f"{model} tokens/s"), row.get("llama tokens/s")
+            lines.append(
+                {
+                    "model": model,
+                    "compiled": "yes" if row["compiled"] else "no",
+                    "tokens/s": rate,
+                    "over llama": rate / theirs if rate and theirs else None,
+                    "MFU": row.get(f"MFU {model}"),
+                    "peak, GB": row.get(f"peak GB {model}"),
+                    "estimated, GB": row.get(f"estimated GB {model}"),
+                }
+            )
+    batch, heads = payload["batch"][0], payload["models"][0]["dense"]["d_head"]
+    about = f"{payload['rows'][0]['size'] / 1e6:.0f}M parameters, heads of {heads}, {batch['windows']} windows of {batch['seq_len']}"
+    return f"{format_table(lines)}\n\n{about} tokens, bf16."
+
+
 def coordinate_table(payload: Payload) -> str:
     """Largest scale of each group over the widths, relative to the base width: a column each parametrisation and axis."""
     titles = {
@@ -242,6 +264,8 @@ def coverage_table(payload: Payload) -> str:
 
 
 TABLES: dict[str, Callable[[Payload], str]] = {
+    "train_throughput_cuda": gpu_throughput_table,
+    "throughput_h200": gpu_throughput_table,
     "sweep_cost": sweep_cost_table,
     "data_": data_table,
     "coordinate_check": coordinate_table,

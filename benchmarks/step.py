@@ -51,7 +51,7 @@ class Setting:
 
 SETTINGS = {
     "cpu": Setting(5e6, 4096, 8, 512, 9, 1.15),
-    "cuda": Setting(3.5e8, 32_768, 12, 2048, 15, 1.2, GPU_RULE),
+    "cuda": Setting(3.5e8, 32_768, 16, 2048, 15, 1.2, GPU_RULE),
     "quick": Setting(3e5, 512, 2, 128, 2, 1.15),
 }
 

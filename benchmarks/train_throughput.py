@@ -36,7 +36,7 @@ MFU_LIMITS = {"dense": 0.45, "dlcm": 0.38}
 
 SETTINGS = {
     "cpu": (Setting(1e6, 4096, 8, 512, 25), Setting(5e6, 4096, 8, 512, 25)),
-    "cuda": (Setting(3.5e8, 32_768, 12, 2048, 15, rule=GPU_RULE),),
+    "cuda": (Setting(3.5e8, 32_768, 16, 2048, 15, rule=GPU_RULE),),
     "quick": (Setting(2e5, 512, 2, 128, 2),),
 }
 
