@@ -75,8 +75,8 @@ def gpu_throughput_table(payload: Payload) -> str:
                 }
             )
     batch, heads = payload["batch"][0], payload["models"][0]["dense"]["d_head"]
-    about = f"{payload['rows'][0]['size'] / 1e6:.0f}M parameters, heads of {heads}, {batch['windows']} windows of {batch['seq_len']}"
-    return f"{format_table(lines)}\n\n{about} tokens, bf16."
+    size = f"{payload['rows'][0]['size'] / 1e6:.0f}M parameters, heads of {heads}"
+    return f"{format_table(lines)}\n\n{size}, {batch['windows']} windows of {batch['seq_len']} tokens, bf16."
 
 
 def coordinate_table(payload: Payload) -> str:
@@ -249,12 +249,13 @@ AGAINST_PAPER = "FlexAttention's time over that of replication, at R = 4, here a
 
 # By the start of a result's name; rows as they are for all others.
 def coverage_table(payload: Payload) -> str:
-    """A row a design and noise, a column a quantity: share covered, and share given where that is not all of them."""
+    """A row a design and noise, a column a quantity: share covered, what was promised, share given where not all are."""
     rows: dict[tuple[str, float], dict[str, str]] = {}
     names = list(dict.fromkeys(row["of"] for row in payload["rows"]))
     for row in payload["rows"]:
-        cell = f"{row['covered']:.3f}" + (f" ({row['given']:.2f})" if row["given"] < 1 else "")
-        rows.setdefault((row["design"], row["noise"]), {})[row["of"]] = cell
+        promised, given = round(row["promised"], 2), row["given"]
+        cell = f"{row['covered']:.3f}" + (f" of {promised:g}" if promised > 0.95 else "")
+        rows.setdefault((row["design"], row["noise"]), {})[row["of"]] = cell + (f" ({given:.2f})" if given < 1 else "")
     return format_table(
         [
             {"design": design, "noise": f"{100 * noise:g}%", **{name: cells.get(name, "") for name in names}}

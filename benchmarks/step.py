@@ -141,7 +141,7 @@ def steppers(setting: Setting, device: str, compile_too: bool) -> dict[str, Step
         for name, config in configs(setting).items():
             model = build_model(config).to(device).train()
             if mode == "compiled":
-                model.compile_stacks()
+                model.compile_stacks(by_block=device == "cuda")  # as runs do
             autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
             made[f"{name}, {mode}"] = Stepper(model, tokens_T, targets_T, cu, autocast)
     return made

@@ -212,7 +212,7 @@ def watched(model: Model) -> dict[str, nn.Module]:
     for i, block in enumerate(model.decoder):
         cross = block.cross
         if isinstance(cross, CrossAttention):
-            parts = {"k": cross.w_k, "v": cross.w_v, "out": cross}
+            parts = {"k": cross.w_k, "v": cross.w_v, "out": cross.w_o}
             modules |= {f"cross.{i}.{part}": module for part, module in parts.items()}
         modules[f"decoder.{i}"] = block
     return modules

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlcm import fused_gpu
 from dlcm.attention import CrossAttend, SelfAttend, check_compilable, compiled
 from dlcm.boundary import Boundaries, BoundaryDetector
 from dlcm.cache import Cache, Chunk
@@ -37,7 +38,7 @@ from dlcm.layers import (
     concept_block,
     token_block,
 )
-from dlcm.loss import linear_cross_entropy
+from dlcm.loss import compute_dtype, linear_cross_entropy
 from dlcm.output import Output as Output
 from dlcm.output import mean_square
 
@@ -86,7 +87,11 @@ class ConceptStack(nn.Module):
         if self.config.smoothing == "causal":
             taps = zip(self.smoother_4C, earlier(z_KC, SMOOTHER_WIDTH))
             z_KC = z_KC + sum(w_C * tap_KC for w_C, tap_KC in taps)
-        return Concepts(z_KC, self.null_1C)
+        null_1C = self.null_1C
+        if null_1C is not None and not fused_gpu.applies(z_KC):
+            # Once for all layers, so that its gradients are added up alike whether or not blocks are computed again.
+            null_1C = null_1C.to(compute_dtype(z_KC))
+        return Concepts(z_KC, null_1C)
 
     def forward(
         self, pooled_KW: Tensor, gate_K1: Tensor | None, rotary: Rotary, attends: Sequence[Attend], position_K: Tensor

@@ -16,11 +16,10 @@ Checked on a CPU (`tests/flops/test_memory.py`): activations and casts are what 
 and in bf16; the total is 0.94 to 1.11 of the allocator's peak of a real step at 16. With one micro-batch it errs on the high
 side, by 4 bytes a parameter at most: gradients come as activations go. The rest is the mask of token-to-concept attention.
 
-A GPU goes through the functions of `dlcm.fused_gpu`: norms keep their input and one number a row, where a CPU under autocast
-keeps the normalised rows too; the matrices that read one row share it, and what they give, beside each other, is kept before
-and behind QK-norms and rotation; in fp32 matrices beside each other are copies; and cross-entropy has its gradient in the place
-of its logits. The same test holds these rules, with the kernels replaced by plain operations, and `make gpu` holds the total
-against the peak of a GPU's allocator.
+A GPU goes through `dlcm.fused_gpu`: norms keep their input and one number a row, where a CPU under autocast keeps the normalised
+rows too; matrices that read one row share it, and what they give is kept before and behind QK-norms and rotation; in fp32
+matrices beside each other are copies; cross-entropy has its gradient in the place of its logits. The same test holds these rules,
+with plain operations for kernels, and `make gpu` holds the total against the peak of a GPU's allocator.
 
 Not counted: the batch itself, buffers, kernels' workspace, fragmentation, what the attention backends `reference`, `sdpa` and
 `flex` keep of masks and scores (the fused kernels that `auto` takes keep q, k, v, output and one number a query), and what
@@ -119,8 +118,7 @@ class _Rules:
     def inputs(self, width: float, n_matrices: int, narrow_stream: bool = False) -> float:
         """Inputs of matrices that read one normed row.
 
-        In fp32, and on a GPU, they share it. Under autocast on a CPU each keeps its own bf16 copy of an fp32 row; a row that is
-        in bf16 already, as that of a norm is where the residual stream is, they share.
+        In fp32, and on a GPU, they share it; under autocast on a CPU each keeps a bf16 copy of an fp32 row.
         """
         shared = self.gpu or not self.bf16 or narrow_stream
         return self.b * width * (1 if shared else n_matrices)
@@ -156,7 +154,7 @@ def memory(
     casts, recomputation = rules.copies(_matrix_parameters(config, gpu), _parameters_beside(config)), 0.0
     if checkpointing:
         activations = _without_blocks(config, rules, micro_batch_tokens, n_concepts, activations)
-        casts = rules.copies(config.d_token * config.d_concept, 0) if not config.is_dense else 0
+        casts = rules.copies(_bridge_parameters(config, gpu), 0)
         largest = _largest_block(config, rules, micro_batch_tokens, n_concepts)
         recomputation = max(largest - _head(config, rules, micro_batch_tokens), 0.0)
     return Memory(
@@ -213,13 +211,12 @@ def _without_blocks(
 
 def _largest_block(c: ModelConfig, rules: _Rules, n_tokens: float, n_concepts: float) -> float:
     """Activations and casts of the block that has most of them."""
-    heads = c.n_heads_token, c.n_kv_heads_token, c.d_head, c.d_ff_token
-    token = n_tokens * _token_block(c, rules) + rules.copies(_token_matrices(c), _matrices_beside(c.d_token, *heads))
+    token = n_tokens * _token_block(c, rules) + rules.copies(_token_matrices(c), _token_beside(c))
     if c.is_dense:
         return token
     heads = c.n_heads_concept, c.n_kv_heads_concept, c.d_head, c.d_ff_concept
     concept = n_concepts * _block(c.d_concept, *heads, rules, True)
-    concept += rules.copies(_concept_matrices(c), _matrices_beside(c.d_concept, *heads))
+    concept += rules.copies(_concept_matrices(c), _concept_beside(c))
     cross = _cross(c, rules, n_tokens, n_concepts) / c.n_cross_attentions + rules.copies(_cross_matrices(c), 0)
     return max(token + cross, concept)
 
@@ -329,25 +326,31 @@ def _matrix_parameters(c: ModelConfig, gpu: bool) -> int:
     if c.is_dense:
         return n
     n += c.n_concept_layers * _concept_matrices(c) + c.n_cross_attentions * _cross_matrices(c)
-    return n + c.d_token * c.d_concept + (c.d_concept if c.pooling == "mean" and not gpu else 0)
+    return n + _bridge_parameters(c, gpu)
+
+
+def _bridge_parameters(c: ModelConfig, gpu: bool) -> int:
+    """W_up and, but on a GPU, the null concept, which lie in no block."""
+    with_null = not c.is_dense and c.pooling == "mean" and not gpu
+    return c.d_token * c.d_concept + (c.d_concept if with_null else 0)
 
 
 def _layer_matrices(d: int, h: int, g: int, a: int, f: int) -> int:
     return d * a * (2 * h + 2 * g) + 3 * d * f
 
 
-def _matrices_beside(d: int, h: int, g: int, a: int, f: int) -> int:
+def _token_beside(c: ModelConfig) -> int:
     """Of a block: Q, K and V, and gate and up."""
-    return d * a * (h + 2 * g) + 2 * d * f
+    return c.d_token * (c.d_head * (c.n_heads_token + 2 * c.n_kv_heads_token) + 2 * c.d_ff_token)
+
+
+def _concept_beside(c: ModelConfig) -> int:
+    return c.d_concept * (c.d_head * (c.n_heads_concept + 2 * c.n_kv_heads_concept) + 2 * c.d_ff_concept)
 
 
 def _parameters_beside(c: ModelConfig) -> int:
-    heads = c.n_heads_token, c.n_kv_heads_token, c.d_head, c.d_ff_token
-    n = (c.n_encoder_layers + c.n_decoder_layers) * _matrices_beside(c.d_token, *heads)
-    if c.is_dense:
-        return n
-    heads = c.n_heads_concept, c.n_kv_heads_concept, c.d_head, c.d_ff_concept
-    return n + c.n_concept_layers * _matrices_beside(c.d_concept, *heads)
+    n = (c.n_encoder_layers + c.n_decoder_layers) * _token_beside(c)
+    return n if c.is_dense else n + c.n_concept_layers * _concept_beside(c)
 
 
 def _token_matrices(c: ModelConfig) -> int:

@@ -165,7 +165,8 @@ def _takes_cudnn(batch: tuple[Tensor, ...]) -> bool:
     """Whether PyTorch would choose cuDNN's kernels for this batch."""
     if not batch[0].is_cuda:
         return False
-    return torch._fused_sdp_choice(*batch, None, 0.0, True) == int(SDPBackend.CUDNN_ATTENTION.value)
+    q, k, v = batch
+    return torch._fused_sdp_choice(q, k, v, None, 0.0, True) == int(SDPBackend.CUDNN_ATTENTION.value)
 
 
 def check(dtype: torch.dtype, width: int) -> None:

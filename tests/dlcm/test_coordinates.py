@@ -104,7 +104,7 @@ def test_values_are_measured_on_the_concepts_not_on_the_null_concept():
     config, batch = base_config(), chain_batch(96)
     check = check_coordinates(config, batch, axis="token", factors=(1,), n_steps=0)
     model, seen = build_model(config), {}
-    model.decoder[0].cross.register_forward_pre_hook(lambda module, args: seen.update(concepts=args[1].z_KC))
+    model.decoder[0].cross.register_forward_pre_hook(lambda module, args: seen.update(concepts=args[2].z_KC))
     draws_matter_not = torch.arange(96) % 3 == 0
     model(batch.tokens_T, boundaries=draws_matter_not)
     null = model.decoder[0].cross.w_v(model.concepts.null_1C)

@@ -47,6 +47,7 @@ def assert_near(found, right, what):
     assert (found.double() - right).norm() <= 2 * eps * right.norm() + 1e-12, what
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("width", [6, 64, 1088])
 @pytest.mark.parametrize(("rows", "narrow"), [(1, torch.float32), (70, torch.bfloat16)])
 @pytest.mark.parametrize("adds", [False, True])
@@ -74,6 +75,7 @@ def test_the_norm_behind_a_sum_and_its_gradients_are_those_of_float64(call, widt
             assert_near(d_branch, right[1], "gradient of the branch")
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("n_heads", "n_kv", "d_head"), [(1, 1, 2), (3, 3, 64), (4, 2, 96), (4, 1, 128)])
 @pytest.mark.parametrize(("n_tokens", "dtype"), [(37, torch.float32), (200, torch.bfloat16)])
 def test_heads_and_their_gradients_are_those_of_float64(call, n_heads, n_kv, d_head, n_tokens, dtype):
@@ -100,6 +102,7 @@ def test_heads_and_their_gradients_are_those_of_float64(call, n_heads, n_kv, d_h
         assert_near(a, b, f"gradient of {what}")
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("width", [6, 1500])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gate_and_its_gradient_are_those_of_float64(call, width, dtype):

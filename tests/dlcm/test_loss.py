@@ -84,6 +84,7 @@ def kernel():
 
 
 @pytest.mark.gpu
+@pytest.mark.many
 @pytest.mark.parametrize("vocab", [2, 257, 5_000])  # less than a step through it, and several with an end
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_kernel_gives_the_losses_and_their_gradient_in_the_logits(kernel, vocab, dtype):

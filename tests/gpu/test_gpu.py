@@ -117,7 +117,7 @@ def test_loss_and_gradients_are_those_of_float64_on_the_cpu_with_every_backend(b
 def test_compiled_and_eager_models_have_the_same_loss_and_gradients(kind):
     torch._dynamo.reset()
     eager, compiled = grown(shape(kind)).cuda(), grown(shape(kind)).cuda()
-    compiled.compile_stacks()
+    compiled.compile_stacks(by_block=True)  # as runs do
     loss, right = loss_and_gradients(eager, "cuda", bf16=True)
     found, gradients = loss_and_gradients(compiled, "cuda", bf16=True)
     assert found == pytest.approx(loss, rel=2e-3)
@@ -129,7 +129,7 @@ def test_compiled_and_eager_models_have_the_same_loss_and_gradients(kind):
 def test_other_boundaries_and_documents_compile_nothing_anew():
     torch._dynamo.reset()
     model = grown(shape()).cuda()
-    model.compile_stacks()
+    model.compile_stacks(by_block=True)
     with torch.autocast("cuda", dtype=torch.bfloat16):
         for step, lengths in enumerate([(200, 57, 255), (500, 12), (100, 100, 100, 100, 112), (2, 3, 507)]):
             if step == 2:
