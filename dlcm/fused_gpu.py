@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from dlcm.loss import compute_dtype
 
@@ -41,8 +42,15 @@ def add_rms_norm(x: Tensor, branch: Tensor | None, weight_W: Tensor, eps: float)
 
 
 def products(x_TW: Tensor, *weights_XW: Tensor) -> Tensor:
-    """Products of x and several matrices, (T, X), in the dtype of autocast: one large one in place of several smaller ones."""
-    return _Products.apply(x_TW, compute_dtype(x_TW), *weights_XW)
+    """Products of x and several matrices, (T, X), in the dtype of autocast: one large one in place of several smaller ones.
+
+    Without gradients, as in decoding, the matrices would be copied beside each other for few rows, again and again: autocast
+    keeps its copies there.
+    """
+    if torch.is_grad_enabled():
+        return _Products.apply(x_TW, compute_dtype(x_TW), *weights_XW)
+    parts = [F.linear(x_TW, weight) for weight in weights_XW]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def heads(

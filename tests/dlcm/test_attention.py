@@ -403,7 +403,7 @@ def test_flash_refuses_what_its_kernels_do_not_take_with_a_way_out():
         varlen.self_attention(*narrow, packing)
 
 
-@pytest.mark.many
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", [causal_cpu, staircase_cpu], ids=["self", "cross"])
 def test_operators_for_the_compiler_pass_the_checks_of_torch(pair):
     """Schema, shapes without data, autograd registration, and tracing: torch.library's own suite."""

@@ -9,7 +9,7 @@ from dlcm.model import build_model
 from tests.dlcm.triton_worker import Interpreter, solve, trained
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-2
 
@@ -47,7 +47,6 @@ def assert_near(found, right, what):
     assert (found.double() - right).norm() <= 2 * eps * right.norm() + 1e-12, what
 
 
-@pytest.mark.many
 @pytest.mark.parametrize("width", [6, 64, 1088])
 @pytest.mark.parametrize(("rows", "narrow"), [(1, torch.float32), (70, torch.bfloat16)])
 @pytest.mark.parametrize("adds", [False, True])
@@ -75,7 +74,6 @@ def test_the_norm_behind_a_sum_and_its_gradients_are_those_of_float64(call, widt
             assert_near(d_branch, right[1], "gradient of the branch")
 
 
-@pytest.mark.many
 @pytest.mark.parametrize(("n_heads", "n_kv", "d_head"), [(1, 1, 2), (3, 3, 64), (4, 2, 96), (4, 1, 128)])
 @pytest.mark.parametrize(("n_tokens", "dtype"), [(37, torch.float32), (200, torch.bfloat16)])
 def test_heads_and_their_gradients_are_those_of_float64(call, n_heads, n_kv, d_head, n_tokens, dtype):
@@ -102,7 +100,6 @@ def test_heads_and_their_gradients_are_those_of_float64(call, n_heads, n_kv, d_h
         assert_near(a, b, f"gradient of {what}")
 
 
-@pytest.mark.many
 @pytest.mark.parametrize("width", [6, 1500])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gate_and_its_gradient_are_those_of_float64(call, width, dtype):
@@ -131,7 +128,6 @@ def test_no_rows_give_no_rows(call):
     assert call("swiglu_backward", numbers(0, 4), numbers(0, 8))[0].shape == (0, 8)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="tests/gpu has whole models")
 @pytest.mark.parametrize("kind", ["dense", "dlcm"])
 def test_a_model_of_these_functions_has_the_loss_and_gradients_of_float64(kind):
@@ -157,7 +153,6 @@ def test_a_model_of_these_functions_has_the_loss_and_gradients_of_float64(kind):
         assert (a.double() - b).norm() <= 2e-5 * b.norm() + 1e-8, name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("d_head", [64, 96])
 def test_kernels_compile_for_a_hopper_gpu(d_head, tmp_path, monkeypatch):
     # No GPU is needed to compile, and the interpreter checks no types.

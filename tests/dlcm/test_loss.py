@@ -84,7 +84,7 @@ def kernel():
 
 
 @pytest.mark.gpu
-@pytest.mark.many
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab", [2, 257, 5_000])  # less than a step through it, and several with an end
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_kernel_gives_the_losses_and_their_gradient_in_the_logits(kernel, vocab, dtype):
@@ -101,6 +101,7 @@ def test_the_kernel_gives_the_losses_and_their_gradient_in_the_logits(kernel, vo
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 def test_the_kernel_takes_logits_far_apart_and_leaves_them_where_no_gradient_is_wanted(kernel):
     logits = torch.tensor([[3e4, 0.0, -3e4], [-3e4, -3e4, -3e4], [0.0, float("-inf"), 1.0]])
     targets = torch.tensor([2, 1, 0])

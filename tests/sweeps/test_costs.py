@@ -149,7 +149,7 @@ def test_bad_values_of_the_command_line_are_refused_in_one_line(given):
 
 def test_what_stands_in_the_way_is_told():
     large = {"size": "70M", "model": {"vocab_size": 128_000}, "data": {"seq_len": 1024}}
-    large |= {"train": {"batch_tokens": 262_144}}
+    large |= {"train": {"batch_tokens": 524_288}}
     slow = planned(
         {"gpus": 2, "accelerator": "A100-40GB", "time": "1:00:00"},
         base=SWEEP["base"] | large,
@@ -165,7 +165,7 @@ def test_what_stands_in_the_way_is_told():
     most = int(memory_line.split("micro_batch_tokens to ")[1].split(" ")[0].replace(",", ""))
     fitting = planned(
         {"gpus": 1, "accelerator": "A100-40GB", "time": "7-00:00:00", "mfu": 0.3},
-        base=SWEEP["base"] | large | {"train": {"batch_tokens": 262_144, "micro_batch_tokens": most}},
+        base=SWEEP["base"] | large | {"train": {"batch_tokens": 524_288, "micro_batch_tokens": most}},
         budgets={"tokens": ["20B"]},
     )
     assert costed(fitting).warnings == (epochs_line,)
