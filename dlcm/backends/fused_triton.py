@@ -179,7 +179,7 @@ def _warps(n_elements: int) -> int:
     return max(1, min(16, n_elements // 512))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def norm_kernel(
     x, branch, weight, total, normed, scale, n_rows, eps,
     WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, ADDS: tl.constexpr,
@@ -202,7 +202,7 @@ def norm_kernel(
     tl.store(scale + row_N, scale_N, mask=row_N < n_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def norm_grad_kernel(
     d_total, d_normed, total, weight, scale, d_x, d_branch, d_weight, n_rows,
     WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, ADDS: tl.constexpr, COPIES: tl.constexpr,
@@ -244,7 +244,7 @@ def _places(t_T, head, at_A, HEADS: tl.constexpr, HALF: tl.constexpr):
     return (t_T * HEADS + head)[:, None] * (2 * HALF) + at_A[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def heads_kernel(
     x, weight_q, weight_k, cos, sin, q, k, v, scale, n_tokens, eps,
     H: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, BLOCK_A: tl.constexpr, ROWS: tl.constexpr,
@@ -283,7 +283,7 @@ def heads_kernel(
         tl.store(k + to_TA + HALF, second_TA, mask=key_TA)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def heads_grad_kernel(
     d_q, d_k, d_v, x, weight_q, weight_k, cos, sin, scale, d_x, d_weight, n_tokens,
     H: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, BLOCK_A: tl.constexpr, ROWS: tl.constexpr,
