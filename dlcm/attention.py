@@ -6,13 +6,12 @@ Shape legend: T tokens, K concepts, H query heads, G key-value heads (H a multip
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dlcm.backends import causal_cpu, ops, reference, sdpa
+from dlcm.backends import causal_cpu, has_triton, ops, reference, sdpa
 from dlcm.concepts import Packing, Segments
 from dlcm.errors import UserError
 
@@ -146,8 +145,8 @@ def resolve(backend: str, like: Tensor) -> str:
         UserError: `staircase` on a GPU without Triton.
     """
     if backend == "auto":
-        return "staircase" if like.device.type == "cpu" or (_is_half(like) and _has_triton()) else "sdpa"
-    if backend == "staircase" and like.device.type != "cpu" and not _has_triton():
+        return "staircase" if like.device.type == "cpu" or (_is_half(like) and has_triton()) else "sdpa"
+    if backend == "staircase" and like.device.type != "cpu" and not has_triton():
         raise UserError(
             "attention_backend: staircase needs Triton on a GPU, which is not installed; "
             "install it (pip install triton) or set attention_backend: sdpa"
@@ -203,10 +202,6 @@ def mark_dynamic(inputs: Iterable[Any]) -> None:
         elif isinstance(item, CrossAttend):
             torch._dynamo.mark_dynamic(item.segments.tokens.cu_seqlens_S1, 0)
             torch._dynamo.mark_dynamic(item.segments.concepts.cu_seqlens_S1, 0)
-
-
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _is_half(like: Tensor) -> bool:

@@ -9,7 +9,6 @@ Shape legend: T tokens, W width, X widths of several matrices beside each other;
 
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from dlcm.backends import has_triton
 from dlcm.loss import compute_dtype
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,7 +25,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def applies(x: Tensor) -> bool:
     """Whether these functions are for x: on a GPU with Triton, in at most fp32, not compiled."""
-    return x.is_cuda and x.dtype in _DTYPES and not torch.compiler.is_compiling() and _has_triton()
+    return x.is_cuda and x.dtype in _DTYPES and not torch.compiler.is_compiling() and has_triton()
 
 
 def rms_norm(x: Tensor, weight_W: Tensor, eps: float) -> Tensor:
@@ -63,11 +63,6 @@ def heads(
 def swiglu(x_TX: Tensor) -> Tensor:
     """silu(gate) * up of both beside each other."""
     return _SwiGLU.apply(x_TX)
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 @cache

@@ -10,13 +10,13 @@ Shape legend: T tokens, c tokens of a chunk, W token width, V vocabulary.
 
 import math
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dlcm.backends import has_triton
 from dlcm.chunk import chunk_rows
 
 _LOG2_E = math.log2(math.e)
@@ -100,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _has_kernel(x: Tensor) -> bool:
     """Whether a chunk goes through the kernel for GPUs, which computes in fp32."""
-    return x.is_cuda and x.dtype != torch.float64 and find_spec("triton") is not None
+    return x.is_cuda and x.dtype != torch.float64 and has_triton()
 
 
 def _fused_delta(x_cW: Tensor, weight_VW: Tensor, target_c: Tensor, nats_c: Tensor, grad: bool) -> Tensor:

@@ -7,3 +7,12 @@ hold any finite number, since `dlcm.attention` puts the null concept there, and 
 Kernels without a gradient of their own in autograd come as a pair `forward(q, k, v, *where) -> (out, lse)` and
 `backward(d_out, q, k, v, out, lse, *where) -> (d_q, d_k, d_v)`; `ops` makes them differentiable, eagerly and for the compiler.
 """
+
+from functools import cache
+from importlib.util import find_spec
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton, in which the kernels for GPUs are written, is installed."""
+    return find_spec("triton") is not None

@@ -14,12 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dlcm.backends.staircase_kernels import LOG2_E
+from dlcm.backends.staircase_kernels import LN_2, LOG2_E, LOWEST
 
 _BLOCK, _WARPS = 4096, 8
-# Below any logit, yet finite: exp2(-inf - m) of a lane that has seen nothing yet is zero and not NaN.
-_LOWEST = tl.constexpr(-1.0e30)
-_LN_2 = tl.constexpr(0.6931471805599453)
 
 
 def softmax_delta_(logits_cV: Tensor, targets_c: Tensor, nats_c: Tensor, gradient: bool) -> None:
@@ -51,7 +48,7 @@ def softmax_delta_kernel(logits, targets, nats, vocab_size, BLOCK: tl.constexpr,
     of_target = tl.load(logits + target).to(tl.float32)
     lane_V = tl.arange(0, BLOCK)
     # A maximum and a sum of each lane by itself: one reduction at the end in place of two for each step.
-    max_V = tl.full([BLOCK], _LOWEST, tl.float32)
+    max_V = tl.full([BLOCK], LOWEST, tl.float32)
     sum_V = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab_size, BLOCK):
         at_V = start + lane_V
@@ -61,7 +58,7 @@ def softmax_delta_kernel(logits, targets, nats, vocab_size, BLOCK: tl.constexpr,
         max_V = new_max_V
     greatest = tl.max(max_V, 0)
     total = tl.sum(sum_V * tl.exp2((max_V - greatest) * LOG2_E), 0)
-    tl.store(nats + row, greatest - of_target + tl.log2(total) * _LN_2)
+    tl.store(nats + row, greatest - of_target + tl.log2(total) * LN_2)
     if GRAD:
         for start in range(0, vocab_size, BLOCK):
             at_V = start + lane_V

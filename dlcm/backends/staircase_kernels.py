@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 
 # Below any score, yet finite: exp2(-inf - m) of a row that has seen nothing yet is zero and not NaN.
-_LOWEST = tl.constexpr(-1.0e30)
-_LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-1.0e30)
+LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -195,7 +195,7 @@ def forward_kernel(
     q_MA = load_rows(q, t_M, row_M, head, H, D_HEAD, BLOCK_A, True)
     acc_MA = tl.zeros([BLOCK_M, BLOCK_A], tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
-    max_M = tl.full([BLOCK_M], _LOWEST, tl.float32)
+    max_M = tl.full([BLOCK_M], LOWEST, tl.float32)
     m_end = tl.minimum(m0 + BLOCK_M, n_tokens)
     hi_M = tl.load(hi + t_M, mask=row_M, other=0)
     n_N = tl.arange(0, BLOCK_N)
@@ -215,5 +215,5 @@ def forward_kernel(
     saw_M = sum_M > 0.0
     sum_M = tl.where(saw_M, sum_M, 1.0)
     store_rows(out, t_M, row_M, head, acc_MA / sum_M[:, None], H, D_HEAD, BLOCK_A)
-    lse_M = tl.where(saw_M, (max_M + tl.log2(sum_M)) * _LN_2, 0.0)
+    lse_M = tl.where(saw_M, (max_M + tl.log2(sum_M)) * LN_2, 0.0)
     tl.store(lse + t_M.to(tl.int64) * H + head, lse_M, mask=row_M)

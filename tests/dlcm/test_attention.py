@@ -321,10 +321,10 @@ def test_training_through_flex_on_a_cpu_is_refused_with_a_way_out():
 def test_auto_is_the_staircase_on_a_cpu_and_in_half_precision_on_a_gpu(monkeypatch):
     assert resolve("auto", torch.empty(0)) == "staircase"
     elsewhere = torch.empty(0, device="meta")
-    monkeypatch.setattr(attention, "_has_triton", lambda: True)
+    monkeypatch.setattr(attention, "has_triton", lambda: True)
     assert resolve("auto", elsewhere) == "sdpa"
     assert resolve("auto", elsewhere.bfloat16()) == "staircase"
-    monkeypatch.setattr(attention, "_has_triton", lambda: False)
+    monkeypatch.setattr(attention, "has_triton", lambda: False)
     assert resolve("auto", elsewhere.bfloat16()) == "sdpa"
     with pytest.raises(UserError, match="pip install triton"):
         resolve("staircase", elsewhere)
