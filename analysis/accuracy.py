@@ -17,6 +17,7 @@ from analysis.convention import N_TEXT
 from analysis.data import ResultsData, numeric_column, require_columns
 from analysis.derive import count_parameters
 from analysis.design import find_levels
+from analysis.intervals import interval
 from analysis.outcomes import Outcomes, difference_error
 from analysis.tables import AVERAGE, PERCENT_DIGITS, Format, format_table, macro_average
 from dlcm.errors import UserError, nearest
@@ -298,7 +299,7 @@ def _add_savings(table: pd.DataFrame, notes: list[str]) -> None:
         columns["saved"][row] = share if np.isfinite(share) and reached <= best[-1] else np.nan
         if np.isfinite(errors[[row, *order]]).all():
             shares = _saved(log_cost, drawn_best, spent, rng.normal(reached, errors[row], _DRAWS))
-            low, high = np.quantile(shares, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], method="nearest")
+            low, high = interval(shares, level=_LEVEL, between=False)
             columns["saved_low"][row], columns["saved_high"][row] = (
                 100 * v if np.isfinite(v) and abs(v) < 1 else np.nan for v in (low, high)
             )

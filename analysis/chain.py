@@ -74,14 +74,6 @@ class Accuracy:
         }
 
 
-def ends(draws: Array) -> tuple[float, float] | None:
-    """95% interval of draws; None of none."""
-    if not len(draws):
-        return None
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def beyond(loss: float, span: tuple[float, float]) -> float:
     """How far a loss lies outside a span: 0 inside, negative below it."""
     return min(loss - span[0], 0.0) or max(loss - span[1], 0.0)

@@ -18,10 +18,11 @@ import numpy as np
 
 from analysis import curve_checks as checks
 from analysis.accuracy_law import ERRORS, LINKS, SCORE, WEIGHT, AccuracyLaw, Errors, Link, accuracy_law, score
-from analysis.chain import Accuracy, beyond, ends
+from analysis.chain import Accuracy, beyond
 from analysis.data import ResultsData, numeric_column
 from analysis.design import count_runs
 from analysis.fit import N_BOOTSTRAP, fit
+from analysis.intervals import ends, interval
 from analysis.law import Change
 from analysis.optimum import Optimum
 from analysis.parametric import simulate_refits
@@ -190,7 +191,7 @@ class DownstreamFit:
         """
         if not len(self.fit.replicates):
             raise UserError("this curve has no bootstrap; fit again with n_bootstrap > 0 for intervals")
-        low, high = np.percentile(self.replicates(loss), [2.5, 97.5], axis=0)
+        low, high = interval(self.replicates(loss))
         return low.reshape(np.shape(loss)), high.reshape(np.shape(loss))
 
     def at(self, fitted: FitResult, **inputs: float) -> Accuracy:
@@ -255,9 +256,9 @@ class DownstreamFit:
             short=place[1],
             unit=self.unit,
             loss=loss,
-            loss_interval=ends(draws),
+            loss_interval=ends(draws) if len(draws) else None,
             accuracy=float(self.predict(loss)),
-            interval=ends(paired),
+            interval=ends(paired) if len(paired) else None,
             other=(self.other_link, float(self.predict_other(loss))),
             beyond=beyond(loss, self.law.span),
             span=self.law.span,

@@ -44,7 +44,7 @@ def refit_many(
         start: where the descents start, (S, p), or (p,) for all alike.
         targets: observations over the problem's scale, one set a row, (S, n); those of the problem by default.
         weights: of the runs, one set a row, (S, n), not negative; 1 by default.
-        frozen: (p,), true where a constant stays as it starts.
+        frozen: true where a constant stays as it starts, (p,), or (S, p).
         max_steps: at most so many steps each.
         progress: called with (descents done, descents).
 
@@ -54,7 +54,7 @@ def refit_many(
     n = len(problem)
     n_sets = max(len(a) for a in (np.atleast_2d(start), targets, weights) if a is not None)
     starts = np.broadcast_to(np.atleast_2d(start), (n_sets, np.shape(start)[-1]))
-    held = np.zeros(starts.shape[1], dtype=bool) if frozen is None else np.asarray(frozen, dtype=bool)
+    held = np.broadcast_to(np.zeros((), dtype=bool) if frozen is None else np.asarray(frozen, dtype=bool), starts.shape)
     chunk = max(1, _CELLS // max(1, n * starts.shape[1]))
 
     def part(begin: int) -> tuple[Array, Array]:
@@ -64,7 +64,7 @@ def refit_many(
             starts[rows],
             problem.target[None] if targets is None else targets[rows],
             np.ones((1, n)) if weights is None else weights[rows],
-            held,
+            held[rows],
         )
         return descent.run(max_steps)
 
@@ -98,7 +98,7 @@ class _Descent:
     def __init__(self, problem: Problem, starts: Array, targets: Array, weights: Array, frozen: Array) -> None:
         self.problem, self.frozen = problem, frozen
         self.lower, self.upper = problem.bounds()
-        self.thetas = np.clip(starts, self.lower, self.upper) if len(frozen) else starts.copy()
+        self.thetas = np.clip(starts, self.lower, self.upper) if frozen.size else starts.copy()
         self.targets, self.weights = (np.broadcast_to(a, (len(starts), len(problem))) for a in (targets, weights))
         self.active = np.arange(len(starts))
         self.residuals, self.jacobian = self._linearise(self.thetas, self.targets)
@@ -108,7 +108,7 @@ class _Descent:
 
     def run(self, max_steps: int) -> tuple[Array, Array]:
         """Step until nothing moves: thetas (S, p) and values (S,)."""
-        for _ in range(max_steps if len(self.frozen) else 0):
+        for _ in range(max_steps if self.frozen.size else 0):
             self._step()
             if not len(self.active):
                 break
@@ -143,7 +143,8 @@ class _Descent:
         else:
             curvatures, slopes = [weights], weights * residuals
         gradient = (jacobian @ slopes[..., None])[..., 0]
-        stuck = ((thetas <= self.lower) & (gradient > 0)) | ((thetas >= self.upper) & (gradient < 0)) | self.frozen
+        stuck = ((thetas <= self.lower) & (gradient > 0)) | ((thetas >= self.upper) & (gradient < 0))
+        stuck |= self.frozen[active]
         return [
             np.clip(thetas - _solve(jacobian, w, gradient, stuck, self.damping[active, kind]), self.lower, self.upper)
             for kind, w in enumerate(curvatures)

@@ -12,6 +12,7 @@ from analysis.descent import minimise
 from analysis.design import levels, reduce_law
 from analysis.ensemble import natural_values, refit_many
 from analysis.identify import wide_interval
+from analysis.intervals import interval
 from analysis.laws import Law
 from analysis.objective import Problem
 from analysis.prior import Prior
@@ -371,7 +372,7 @@ def _constants(
 
 
 def _quantity(name: str, planted: float, values: Array, *, is_log: bool = False) -> Quantity:
-    low, first, last, high = np.percentile(values, [2.5, 10, 90, 97.5])
+    (low, high), (first, last) = interval(values), interval(values, level=0.8)
     spread = np.log(last / first) if is_log else last - first
     return Quantity(name, float(planted), float(low), float(high), float(spread), is_log)
 

@@ -12,6 +12,7 @@ import numpy as np
 from analysis.allocation import Allocation, allocate, replicate_columns
 from analysis.budget import Cost
 from analysis.frontier import COORDINATES, Frontier, frontier
+from analysis.intervals import interval
 from analysis.optimum import describe_outside
 from analysis.result import FitResult
 
@@ -146,11 +147,11 @@ def _intervals(problem: Allocation, N: Array, D: Array, R: Array, P: Array, loss
     inputs = {k: v[known] for k, v in (("N", N), ("D", D), ("R", R), ("P", P))}
     variables = problem.law.compute_variables(inputs)
     drawn = problem.law.evaluate(columns, variables, gradient=False)[0] - least[:, None]
-    ends = {}
-    for name, q in (("low", 2.5), ("high", 97.5)):
-        ends[name] = np.full(loss.shape, np.nan)
-        ends[name][known] = np.maximum(np.percentile(drawn, q, axis=0), 0.0)
-    return ends
+    found = {}
+    for name, end in zip(("low", "high"), interval(drawn)):
+        found[name] = np.full(loss.shape, np.nan)
+        found[name][known] = np.maximum(end, 0.0)
+    return found
 
 
 def _round(value: float) -> float | None:

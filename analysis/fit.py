@@ -13,6 +13,7 @@ from analysis.descent import minimise
 from analysis.design import count_runs, reduce_law
 from analysis.hygiene import examine
 from analysis.inputs import prepare
+from analysis.intervals import ends
 from analysis.law import FAMILIES
 from analysis.laws import Law
 from analysis.losses import loss_spread
@@ -160,7 +161,7 @@ def _estimates(
         if p.name in held:
             continue
         if len(draws):
-            low, high = (float(v) for v in np.percentile(draws[:, column], [2.5, 97.5]))
+            low, high = ends(draws[:, column])
             intervals[p.name] = (low, high)
             wide = identify.wide_interval(p, low, high)
         else:

@@ -10,6 +10,7 @@ import pandas as pd
 from analysis.allocation import Allocation, Bounds, allocate
 from analysis.budget import Cost
 from analysis.convention import Convention
+from analysis.intervals import ends, interval
 from analysis.optimum import describe_outside, fit_notes, judge_choice
 from analysis.result import FitResult
 from dlcm.errors import UserError
@@ -213,7 +214,7 @@ def frontier(
         points.append(best)
         draws.append(problem.replicates())
     table, refits = np.stack(points), np.stack(draws, axis=1)  # (n, 5), (refits, n, 5)
-    low, high = np.percentile(refits, [2.5, 97.5], axis=0) if len(refits) else (None, None)
+    low, high = interval(refits) if len(refits) else (None, None)
     judged = {
         name: [judge_choice(name, problem, best, drawn) for problem, best, drawn in zip(problems, points, draws)]
         for name in COORDINATES
@@ -254,6 +255,6 @@ def _exponent(name: str, budgets: Array, values: Array, refits: Array, judged: l
     into = (lambda v: v) if name == "P" else np.log10
     low = high = None
     if len(refits):
-        low, high = (float(v) for v in np.percentile(into(refits[:, known]) @ centred, [2.5, 97.5]))
+        low, high = ends(into(refits[:, known]) @ centred)
     where = "" if known.all() else f"over the {known.sum()} of {len(budgets)} budgets at which it is identified"
     return Exponent(name, float(into(values[known]) @ centred), low, high, "ok", where)

@@ -16,6 +16,7 @@ import numpy as np
 from analysis.budget_groups import MIN_RUNS, Curve, curves_of, slopes_of_best, value_at
 from analysis.data import ResultsData
 from analysis.growth import weighted_slope
+from analysis.intervals import ends, interval
 from analysis.isoflop_result import RULES, Growth, IsoFlop, Profile
 from analysis.vertex import (
     Vertex,
@@ -143,11 +144,11 @@ def _judge(curve: Curve, y: Array, vertex: Vertex, drawn: Vertex, over: str, sid
     if reason:
         return Profile(curve.held, curve.budget, curve, np.exp(y), "refused", reason)
     tokens = float(np.exp(local_line(curve.x, curve.log_tokens, vertex)[0]))
-    ends = token_ends = (None, None)
+    place_ends = token_ends = (None, None)
     if len(drawn.place):
-        ends = tuple(float(value_at(over, v)) for v in np.nanpercentile(drawn.place, [2.5, 97.5]))
+        place_ends = tuple(float(value_at(over, v)) for v in interval(drawn.place, ignore_nan=True))
         log_tokens = local_line(curve.x, curve.log_tokens, drawn)
-        token_ends = tuple(float(np.exp(v)) for v in np.nanpercentile(log_tokens, [2.5, 97.5]))
+        token_ends = tuple(float(np.exp(v)) for v in interval(log_tokens, ignore_nan=True))
     rules = {
         "local parabola": float(find_vertex(curve.x, y[None]).place[0]),
         "parabola": whole_parabola_vertex(curve.x, y),
@@ -159,8 +160,8 @@ def _judge(curve: Curve, y: Array, vertex: Vertex, drawn: Vertex, over: str, sid
         losses=np.exp(y),
         status="ok",
         value=float(value_at(over, place)),
-        low=ends[0],
-        high=ends[1],
+        low=place_ends[0],
+        high=place_ends[1],
         tokens=tokens,
         tokens_low=token_ends[0],
         tokens_high=token_ends[1],
@@ -236,7 +237,7 @@ def _line(
     slope, left = weighted_slope(x, y[None], weights, groups)
     low = high = None
     if len(draws):
-        low, high = (float(v) for v in np.percentile(weighted_slope(x, draws, weights, groups)[0], [2.5, 97.5]))
+        low, high = ends(weighted_slope(x, draws, weights, groups)[0])
     rules = [float(slope[0])]
     for rule in RULES if name != "D" else ():
         if all(rule in p.others for p in vertices):

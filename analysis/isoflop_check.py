@@ -18,6 +18,7 @@ from analysis.budget_groups import Curve, place_of, value_at
 from analysis.data import ResultsData
 from analysis.growth import weighted_slope
 from analysis.inputs import prepare
+from analysis.intervals import LEVEL, ends, interval
 from analysis.isoflop_result import IsoFlop
 from analysis.law import Law
 from analysis.objective import Problem
@@ -226,7 +227,7 @@ def _compare(found: IsoFlop, result: FitResult, surface: Array, bias: Array) -> 
     apart = scale.apart(vertices, surface)  # (1 + S, profiles)
     budgets = []
     for i in np.flatnonzero(known):
-        low, high = np.nanpercentile(value_at(found.over, surface[1:, i]), [2.5, 97.5])
+        low, high = interval(value_at(found.over, surface[1:, i]), ignore_nan=True)
         biases = scale.shown(scale.apart(surface[0, i] + bias[:, i], surface[0, i]))
         budgets.append(
             AtBudget(
@@ -272,7 +273,7 @@ def _growths(found: IsoFlop, vertices: Array, surface: Array, bias: Array, known
             return weighted_slope(log_c[own], into(places[..., own]), weights[own], groups)[0]
 
         by_vertices, by_surface = slope(vertices), slope(surface)
-        low, high = np.percentile(by_surface[1:], [2.5, 97.5])
+        low, high = ends(by_surface[1:])
         biases = slope(surface[:1] + bias) - by_surface[0]
         entries.append(
             InGrowth(
@@ -304,8 +305,8 @@ class _Scale:
 
 def _apart(values: Array, n_compared: int, scale: _Scale) -> Apart:
     """What was found, first, and its draws, (1 + S,), as one comparison of several."""
-    low, high = (float(scale.shown(v)) for v in np.nanpercentile(values[1:], [2.5, 97.5]))
-    least, most = np.nanpercentile(values[1:], [2.5 / n_compared, 100 - 2.5 / n_compared])
+    low, high = (float(scale.shown(v)) for v in interval(values[1:], ignore_nan=True))
+    least, most = interval(values[1:], level=1 - (1 - LEVEL) / n_compared, ignore_nan=True)
     return Apart(float(scale.shown(values[0])), low, high, not least <= 0 <= most)
 
 

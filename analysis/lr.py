@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from analysis.intervals import ends
 from analysis.lr_curve import Curve, RatedRun
 from analysis.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILION, finish, save_figure
 from dlcm.errors import UserError
@@ -82,16 +83,14 @@ class Transfer:
         drawn = self._drawn[curve.parametrization]
         if drawn is None or curve.parabola is None:
             return None
-        low, high = np.percentile(drawn[self.of(curve.parametrization).index(curve)], [2.5, 97.5])
-        return float(low), float(high)
+        return ends(drawn[self.of(curve.parametrization).index(curve)])
 
     def shift_interval(self, parametrization: str) -> tuple[float, float] | None:
         """95% interval of `shift`; None where the runs leave no residual, or those of a size do not bend upwards."""
         curves, drawn = self.of(parametrization), self._drawn.get(parametrization)
         if len(curves) < 2 or drawn is None or any(curve.parabola is None for curve in curves):
             return None
-        low, high = np.percentile(np.ptp(np.log(drawn), axis=0) / np.log(self.step), [2.5, 97.5])
-        return float(low), float(high)
+        return ends(np.ptp(np.log(drawn), axis=0) / np.log(self.step))
 
     def drift(self, parametrization: str) -> float | None:
         """Slope of the log of the best rate over the log of the width; -1 where it falls as 1 / width."""

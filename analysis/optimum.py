@@ -16,6 +16,7 @@ from analysis.convention import Convention
 from analysis.design import LEVEL_WIDTH
 from analysis.flat import THRESHOLD, FlatRange, describe_cut, flat_ranges
 from analysis.identify import may_be_zero
+from analysis.intervals import ends
 from analysis.result import FitResult
 from dlcm.errors import UserError, nearest
 
@@ -208,7 +209,7 @@ def describe(
 ) -> Optimum:
     """What was found, with what may be said of each coordinate."""
     result = problem.result
-    interval = np.percentile(replicates[:, 4], [2.5, 97.5]) if len(replicates) else (None, None)
+    loss_ends = ends(replicates[:, 4]) if len(replicates) else (None, None)
     return Optimum(
         law=problem.law.name,
         budget=problem.budget,
@@ -216,8 +217,8 @@ def describe(
         tokens=problem.tokens,
         choices=tuple(judge_choice(name, problem, best, replicates) for name in "NDRP"),
         loss=float(best[4]),
-        loss_low=None if interval[0] is None else float(interval[0]),
-        loss_high=None if interval[1] is None else float(interval[1]),
+        loss_low=loss_ends[0],
+        loss_high=loss_ends[1],
         flat=() if flat is None else flat_ranges(problem, best, flat),
         decades_outside=outside,
         notes=fit_notes(result),
@@ -247,9 +248,7 @@ def judge_choice(name: str, problem: Allocation, best: Array, replicates: Array)
     """What may be said of one coordinate: a value with its interval, that it was held, or why it is not identified."""
     column = "NDRP".index(name)
     value = float(best[column])
-    low, high = (
-        (float(v) for v in np.percentile(replicates[:, column], [2.5, 97.5])) if len(replicates) else (None, None)
-    )
+    low, high = ends(replicates[:, column]) if len(replicates) else (None, None)
     if name == "D" and problem.tokens is not None:
         return Choice(name, value, None, None, (value, value), "held", "given")
     if name == problem.solve:
@@ -267,10 +266,9 @@ def judge_choice(name: str, problem: Allocation, best: Array, replicates: Array)
         reason = f"the optimum lies on the {value_at_edge} edge of what was searched ({searched[0]:.3g} to {searched[1]:.3g})"
     elif low is not None and high is not None and position(high) - position(low) > _SPANS * span:
         reason = f"its 95% interval ({low:.3g} to {high:.3g}) spans the searched range ({searched[0]:.3g} to {searched[1]:.3g})"
-    ends = (low, "lower"), (high, "upper")
     at_ends = [
         v is not None and _edge(position(v), position(searched[0]), position(searched[1]), _ROUNDING) == end
-        for v, end in ends
+        for v, end in ((low, "lower"), (high, "upper"))
     ]
     status = "not identified" if reason else "ok"
     return Choice(name, value, low, high, searched, status, reason, (at_ends[0], at_ends[1]))

@@ -1,6 +1,7 @@
 """Profile likelihood: a second opinion on the intervals of the bootstrap, by another way and with other weaknesses."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
@@ -11,8 +12,11 @@ from dlcm.errors import UserError, nearest
 
 Array = np.ndarray
 
-_REACH = np.linspace(0.25, 8.0, 32)
-"""Where the profile is computed to either side of the answer, in standard errors."""
+_REACH = np.arange(1.0, 9.0)
+"""Where the profile is computed first, to either side of the answer, in standard errors; its end is then sought between two."""
+_BETWEEN = np.array([0.25, 0.5, 0.75])
+_CURVE = np.linspace(0.25, 8.0, 32)
+"""Where a profile is computed that is drawn."""
 _KINDS = ("exponent", "floor", "offset", "ceiling", "other")
 
 
@@ -36,13 +40,26 @@ def profile_intervals(problem: Problem, theta: Array, level: float = 0.95) -> di
     if scale is None:
         return {}
     allowed, covariance, least = scale
-    names = [p.name for p in problem.law.free]
+    chosen = [i for i, p in enumerate(problem.law.free) if p.kind in _KINDS and covariance[i, i] > 0]
+    ends = [(i, sign) for i in chosen for sign in (-1.0, 1.0)]
+    # All ends together: alone, each would be a handful of descents, which takes as long as hundreds.
+    first = [_along(problem, theta, i, covariance[i], sign * _REACH) for i, sign in ends]
+    thetas, rises = _profile(problem, first, [i for i, _ in ends], least)
+    over = rises > allowed
+    beyond = np.where(over.any(axis=1), over.argmax(axis=1), -1)
+    crossed = np.flatnonzero(beyond >= 0)
+    upper = [thetas[e, beyond[e]] for e in crossed]
+    lower = [thetas[e, beyond[e] - 1] if beyond[e] else theta for e in crossed]
+    second = [low + _BETWEEN[:, None] * (high - low) for low, high in zip(lower, upper)]
+    between, inner = _profile(problem, second, [ends[e][0] for e in crossed], least)
     found = {}
-    for i, p in enumerate(problem.law.free):
-        if p.kind in _KINDS and covariance[i, i] > 0:
-            low, high = (_end(problem, theta, i, covariance[i], sign, least, allowed) for sign in (-1.0, 1.0))
-            found[names[i]] = (low, high)
-    return found
+    for k, e in enumerate(crossed):
+        before = rises[e, beyond[e] - 1] if beyond[e] else 0.0
+        path = np.concatenate([lower[k][None], between[k], upper[k][None]])
+        found[e] = _crossing(path, np.array([before, *inner[k], rises[e, beyond[e]]]), ends[e][0], allowed)
+    values = [_end(problem, found.get(e), thetas[e, -1], *ends[e]) for e in range(len(ends))]
+    names = [problem.law.free[i].name for i in chosen]
+    return {name: (values[2 * k], values[2 * k + 1]) for k, name in enumerate(names)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,14 +96,11 @@ def profile_curve(problem: Problem, theta: Array, name: str, level: float = 0.95
     if scale is None or not scale[1][i, i] > 0:
         raise UserError(f"law {problem.law.name}: {len(problem)} runs leave nothing to scale a profile of {name} by")
     allowed, covariance, least = scale
-    thetas, rises = [theta[None]], [np.zeros(1)]
-    for sign in (-1.0, 1.0):
-        found, values = _along(problem, theta, i, covariance[i], sign)
-        thetas.append(found)
-        rises.append((values - least) / allowed)
-    places = np.array([problem.values(t)[name] for t in np.concatenate(thetas)])
+    starts = [_along(problem, theta, i, covariance[i], sign * _CURVE) for sign in (-1.0, 1.0)]
+    thetas, rises = _profile(problem, starts, [i, i], least)
+    places = np.array([problem.values(t)[name] for t in (theta, *thetas.reshape(-1, len(theta)))])
     order = np.argsort(places)
-    return ProfileCurve(name, places[order], np.maximum(np.concatenate(rises)[order], 0.0))
+    return ProfileCurve(name, places[order], np.maximum(np.array([0.0, *rises.ravel()])[order] / allowed, 0.0))
 
 
 def penalty_moments(problem: Problem, residuals: Array) -> tuple[float, float]:
@@ -122,34 +136,43 @@ def _scale(problem: Problem, theta: Array, level: float) -> tuple[float, Array, 
     return allowed, covariance, float(problem.penalties(residuals).sum())
 
 
-def _along(problem: Problem, theta: Array, i: int, covariances: Array, sign: float) -> tuple[Array, Array]:
-    """Refits with constant `i` held at steps to one side, (steps, p), and their objectives, (steps,)."""
+def _along(problem: Problem, theta: Array, i: int, covariances: Array, errors: Array) -> Array:
+    """Starts with constant `i` moved by so many standard errors, (steps, p).
+
+    The others follow along the regression on constant i, which is where the refit would take them in a linear problem.
+    """
     lower, upper = problem.bounds()
-    at = np.clip(theta[i] + sign * np.sqrt(covariances[i]) * _REACH, lower[i], upper[i])
-    # The others follow along the regression on constant i, which is where the refit would take them in a linear problem.
+    at = np.clip(theta[i] + errors * np.sqrt(covariances[i]), lower[i], upper[i])
     starts = theta + np.outer(at - theta[i], covariances / covariances[i])
     starts[:, i] = at
-    return refit_many(problem, starts, frozen=np.arange(len(theta)) == i)
+    return starts
 
 
-def _end(
-    problem: Problem, theta: Array, i: int, covariances: Array, sign: float, least: float, allowed: float
-) -> float:
-    """Where the profile of constant `i` first rises by `allowed` on one side, natural units."""
-    lower, upper = problem.bounds()
-    name = problem.law.free[i].name
-    thetas, values = _along(problem, theta, i, covariances, sign)
-    at = thetas[:, i]
-    rises = values - least
-    beyond = np.flatnonzero(rises > allowed)
-    if not beyond.size:
-        touches = at[-1] in (lower[i], upper[i])
-        return problem.values(thetas[-1])[name] if touches else sign * np.inf
-    k = int(beyond[0])
-    before = (float(theta[i]), 0.0) if k == 0 else (float(at[k - 1]), float(rises[k - 1]))
+def _profile(problem: Problem, starts: Sequence[Array], held: Sequence[int], least: float) -> tuple[Array, Array]:
+    """Refits from E sets of starts, (steps, p) each, with one constant held in each set: (E, steps, p), and rises, (E, steps)."""
+    if not len(starts):
+        return np.empty((0, 0, len(problem.law.free))), np.empty((0, 0))
+    rows = np.concatenate(starts)
+    of_row = np.repeat(np.asarray(held), len(starts[0]))
+    thetas, values = refit_many(problem, rows, frozen=np.arange(rows.shape[1]) == of_row[:, None])
+    return thetas.reshape(len(starts), -1, rows.shape[1]), values.reshape(len(starts), -1) - least
+
+
+def _crossing(path: Array, rises: Array, i: int, allowed: float) -> Array:
+    """Where the objective along a path of refits (steps, p) first rises by `allowed`."""
+    k = max(int(np.argmax(rises > allowed)), 1)
     # a profile is nearly a parabola: its root is nearly linear
-    root = [np.sqrt(max(v, 0.0)) for v in (before[1], float(rises[k]), allowed)]
+    root = [np.sqrt(max(float(v), 0.0)) for v in (rises[k - 1], rises[k], allowed)]
     share = (root[2] - root[0]) / (root[1] - root[0])
-    edge = thetas[k].copy()
-    edge[i] = before[0] + share * (at[k] - before[0])
-    return problem.values(edge)[name]
+    edge = path[k].copy()
+    edge[i] = path[k - 1, i] + share * (path[k, i] - path[k - 1, i])
+    return edge
+
+
+def _end(problem: Problem, crossing: Array | None, last: Array, i: int, sign: float) -> float:
+    """The end of the interval of constant `i` on one side, natural units; `last` is the farthest that was looked."""
+    name = problem.law.free[i].name
+    if crossing is not None:
+        return problem.values(crossing)[name]
+    lower, upper = problem.bounds()
+    return problem.values(last)[name] if last[i] in (lower[i], upper[i]) else sign * np.inf

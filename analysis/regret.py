@@ -8,6 +8,7 @@ import numpy as np
 
 from analysis.allocation import Allocation, Bounds, allocate, replicate_columns
 from analysis.budget import Cost
+from analysis.intervals import ends
 from analysis.optimum import describe_outside
 from analysis.result import FitResult
 from analysis.search import Search
@@ -119,7 +120,7 @@ def regret(
         variables = problem.law.compute_variables(inputs)
         columns: Any = replicate_columns(result)
         drawn = problem.law.evaluate(columns, variables, gradient=False)[0] - wide.replicates()[:, 4]
-        low, high = (float(v) for v in np.percentile(drawn, [2.5, 97.5]))
+        low, high = ends(drawn)
     chosen = tuple(k for k, v in (("N", N), ("D", D), ("R", R), ("P", P)) if v is not None)
     N, D, R, P = (float(v) for v in point)
     return Regret(

@@ -12,6 +12,7 @@ import numpy as np
 from analysis import laws
 from analysis.data import Convention, Exclusion
 from analysis.finding import Finding, Severity
+from analysis.intervals import interval
 from analysis.law import Family, Law
 from dlcm.errors import UserError, nearest
 from dlcm.record import read_json, write_json
@@ -189,8 +190,7 @@ class FitResult:
             raise UserError("this fit has no bootstrap; fit again with n_bootstrap > 0 for intervals")
         self._require_known(inputs)
         draws = np.stack([self.law.predict(v, **inputs) for v in self.replicate_values()])
-        low, high = np.percentile(draws, [2.5, 97.5], axis=0)
-        return low, high
+        return interval(draws)
 
     def _require_known(self, inputs: Mapping[str, Any]) -> None:
         """Refuse inputs that the runs never varied at values that they do not have."""

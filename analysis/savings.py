@@ -13,6 +13,7 @@ import numpy as np
 from analysis.allocation import replicate_columns, require_known_tokens
 from analysis.budget import find_root, price, sizes_for_budget
 from analysis.cost import training_of
+from analysis.intervals import interval
 from analysis.optimum import Optimum, describe_outside
 from analysis.result import FitResult
 from analysis.search import Cost, Search
@@ -88,7 +89,7 @@ def savings(best: Optimum, dense: FitResult, cost: Cost, *, sizes: tuple[float, 
         with np.errstate(divide="ignore"):
             # out of reach counts as all saved above the budget, and as lost without bound below it
             drawn = 1 - best.budget / baseline.flops_for_losses(columns, best.replicates[:n, 4])
-        low, high = (float(v) for v in np.percentile(drawn, [2.5, 97.5], method="nearest"))
+        low, high = (float(v) for v in interval(drawn, between=False))
     outside = baseline.outside(needed) if needed is not None else {}
     status, text = _judge(best, needed, share, low, high, dense, outside)
     finite = [None if v is None or not np.isfinite(v) else v for v in (low, high)]

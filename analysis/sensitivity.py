@@ -14,6 +14,7 @@ from analysis.data import NConvention, ResultsData
 from analysis.descent import minimise
 from analysis.ensemble import refit_many
 from analysis.fit import fit
+from analysis.intervals import ends
 from analysis.law import Law
 from analysis.objective import Problem
 from analysis.result import FitResult
@@ -80,8 +81,8 @@ class DropCurve:
             "runs": list(map(str, self.n_runs)),
         }
         for name, values in self.values.items():
-            ends = zip(self.low[name], self.high[name]) if name in self.low else [None] * len(values)
-            columns[name] = [f"{v:.4f}" + (f" ({e[0]:.4f} to {e[1]:.4f})" if e else "") for v, e in zip(values, ends)]
+            pairs = zip(self.low[name], self.high[name]) if name in self.low else [None] * len(values)
+            columns[name] = [f"{v:.4f}" + (f" ({e[0]:.4f} to {e[1]:.4f})" if e else "") for v, e in zip(values, pairs)]
         return pd.DataFrame(columns)
 
     def describe(self) -> str:
@@ -126,7 +127,7 @@ def drop_curve(
     order = np.argsort(rows.loss, kind="stable")
     whole = solve(problem, rng).theta
     values: dict[str, list[float]] = {}
-    ends: dict[str, list[tuple[float, float]]] = {}
+    intervals: dict[str, list[tuple[float, float]]] = {}
     for k in ks:
         kept = np.sort(order[: len(rows) - k])
         part = problem.take(kept)
@@ -138,15 +139,14 @@ def drop_curve(
             draws = [part.values(t) for t in bootstrap(part, theta, clusters, n=n_bootstrap, rng=rng)]
             drawn = {name: np.array([draw[name] for draw in draws]) for name in draws[0]}
             for name, column in _columns(law, drawn, exponents).items():
-                low, high = np.percentile(column, [2.5, 97.5])
-                ends.setdefault(name, []).append((float(low), float(high)))
+                intervals.setdefault(name, []).append(ends(column))
     return DropCurve(
         law=law.name,
         ks=tuple(ks),
         n_runs=tuple(len(rows) - k for k in ks),
         values={name: tuple(v) for name, v in values.items()},
-        low={name: tuple(low for low, _ in pairs) for name, pairs in ends.items()},
-        high={name: tuple(high for _, high in pairs) for name, pairs in ends.items()},
+        low={name: tuple(low for low, _ in pairs) for name, pairs in intervals.items()},
+        high={name: tuple(high for _, high in pairs) for name, pairs in intervals.items()},
     )
 
 
@@ -222,8 +222,7 @@ def _interval(result: FitResult, name: str) -> tuple[float | None, float | None]
     column = allocation_exponent(result.law, {k: np.array([d[k] for d in draws]) for k in draws[0]})
     if name != N_EXPONENT:
         column = np.array([draw[name] for draw in draws])
-    low, high = np.percentile(column, [2.5, 97.5])
-    return float(low), float(high)
+    return ends(column)
 
 
 def both_conventions(law: Law | str, data: ResultsData, **options: Any) -> BothConventions:

@@ -48,7 +48,7 @@ QUIET = 0.0003
 """Below delta, where the fit is one of least squares."""
 REFITS = 400
 _MARGIN, _CHANCE = 0.03, 0.02
-_FIRST_SEED = 100_000
+_FIRST_SEED = 200_000
 # Sweeps in which a number is given: fewer say nothing of how often it is right.
 _ENOUGH = 20
 # The search ends to 1e-4 of its range: nearer than that two numbers are one.
