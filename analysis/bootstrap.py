@@ -38,9 +38,8 @@ _FRESH_STARTS = 3
 _CANDIDATES = 60
 _LEAST_SPARE = 5
 """Student's t of fewer degrees of freedom would leave nearly all weight with one run."""
-_DEVIATIONS = 0.85
-"""Linear regressions need 0.65 to 0.8. Laws are not linear, and half of their refits may hold offsets at 0, so that intervals
-which are a little wide there make up for what these do not hold elsewhere."""
+_DEVIATIONS = 0.8
+"""Linear regressions need 0.65 to 0.8; with the upper end intervals are rather a little wide than narrow."""
 _LEAST = 1e-9
 """Added to a variate, so that where shapes are small no draw weighs a single run alone."""
 
@@ -151,7 +150,7 @@ def weight_variance(problem: Problem, theta: Array, n_clusters: int) -> float:
     """Variance of the weights with which refits scatter as fits to new runs would.
 
     For least squares n / (n - p - 1) times the square of Student's 97.5% quantile over the normal one, for absolute deviations
-    0.85, between them in proportion to the residuals within delta. n / (n - 2) is exact for a mean: weights that are scaled to a
+    0.8, between them in proportion to the residuals within delta. n / (n - 2) is exact for a mean: weights that are scaled to a
     fixed sum are Dirichlet variates, whose variance makes up for one degree of freedom more than the residuals lack.
 
     Args:

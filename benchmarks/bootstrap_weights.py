@@ -1,10 +1,10 @@
-"""How strongly must runs be weighted for refits to scatter as new sweeps would? `python benchmarks/bootstrap_weights.py [--sims 200]`.
+"""How strongly must runs be weighted for refits to scatter as new sweeps would? `python benchmarks/bootstrap_weights.py`.
 
-Apart from all that makes a law hard: the noise is so small that the law is linear in its constants, which lie inside their bounds,
-and the exponents' intervals are those of a linear regression with the design of the sweep. What is left is the bootstrap itself: how
-wide its intervals are for the variance of the weights, by design and by delta over the noise, which makes the Huber loss one of
-squares (above 1) or of absolute deviations (below). Beside the coverage under exponential weights (a variance of 1) stand the
-variance with which 95% is covered, between the two nearest that were tried, and the one that `analysis.bootstrap` takes.
+Apart from all that makes a law hard: the noise is so small that the law is linear in its constants, which lie inside their
+bounds, and intervals of exponents are those of a linear regression with the design of the sweep. What is left is the bootstrap
+itself: how often its intervals hold the truth, by the variance of the weights, the design, and delta over the noise, which makes
+the Huber loss one of squares (above 1) or of absolute deviations (below). Beside the coverage stand the variance with which 95%
+is covered, between the two nearest that were tried, and the one that `analysis.bootstrap` takes.
 """
 
 import argparse

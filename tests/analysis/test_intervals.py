@@ -35,7 +35,8 @@ def test_intervals_of_draws_that_are_not_numbers_or_infinite():
     draws = np.array([np.nan, *range(1, 40)])
     assert interval(draws, ignore_nan=True) == pytest.approx((1.0, 39.0))
     low, high = interval(np.array([-np.inf] * 5 + list(range(100))), between=False)
-    assert low == -np.inf and high == pytest.approx(97, abs=1.5)
+    assert low == -np.inf
+    assert high == pytest.approx(97, abs=1.5)
 
 
 def test_profile_of_least_squares_is_the_t_interval_of_linear_regression():
@@ -97,7 +98,7 @@ def test_weights_are_those_of_squares_as_far_as_residuals_lie_within_delta(noise
     # delta is 1e-3
     within = 1.0 if loss == "log_mse" else 2 * stats.norm.cdf(1e-3 / noise) - 1
     found = weight_variance(problem, theta, 108)
-    assert found == pytest.approx(within * least_squares + (1 - within) * 0.85, abs=0.1 * (least_squares - 0.85))
+    assert found == pytest.approx(within * least_squares + (1 - within) * 0.8, abs=0.1 * (least_squares - 0.8))
 
 
 def test_weights_of_hardly_more_runs_than_constants_are_not_all_on_one_run():

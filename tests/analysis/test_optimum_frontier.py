@@ -52,7 +52,9 @@ def test_exponents_are_beta_and_alpha_over_their_sum_with_the_intervals_of_the_r
     for name, value, each in (("N", b / (a + b), beta / (alpha + beta)), ("D", a / (a + b), alpha / (alpha + beta))):
         slope = found[name]
         assert slope.value == pytest.approx(value, rel=1e-6)
-        np.testing.assert_allclose((slope.low, slope.high), np.percentile(each, [2.5, 97.5], method="weibull"), rtol=1e-6)
+        np.testing.assert_allclose(
+            (slope.low, slope.high), np.percentile(each, [2.5, 97.5], method="weibull"), rtol=1e-6
+        )
     assert (found["R"].status, found["P"].status) == ("held", "held")
     assert found.moving == ("N", "D")
 
