@@ -6,14 +6,12 @@ dtype, twice (the second time mostly from the cache), and written once. Every ro
 Shape legend: c rows of a chunk, V vocabulary and tokens of one step through it.
 """
 
-# Triton compiles this function; as Python, plain numbers stand where it wants constants.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportIndexIssue=false
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dlcm.backends.kernel_types import constexpr
 from dlcm.backends.staircase_kernels import LN_2, LOG2_E, LOWEST
 
 _BLOCK, _WARPS = 4096, 8
@@ -40,7 +38,7 @@ def softmax_delta_(logits_cV: Tensor, targets_c: Tensor, nats_c: Tensor, gradien
 
 
 @triton.jit
-def softmax_delta_kernel(logits, targets, nats, vocab_size, BLOCK: tl.constexpr, GRAD: tl.constexpr):
+def softmax_delta_kernel(logits, targets, nats, vocab_size, BLOCK: constexpr, GRAD: constexpr):
     """One row: its log-sum-exp, the loss, and the gradient."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocab_size

@@ -8,13 +8,12 @@ of gains) are taken by a fixed number of programs in a fixed order: two runs are
 Shape legend: N rows of any kind, W their width; T tokens, H query heads, G key-value heads, A head width; F hidden width.
 """
 
-# Triton compiles these functions; as Python, plain numbers stand where it wants constants.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportIndexIssue=false
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from dlcm.backends.kernel_types import constexpr
 
 # Elements of a tile, and programs that share the rows where a sum over all of them is taken: several for each multiprocessor.
 _TILE, _ELEMENTS = 2048, 1024
@@ -182,7 +181,7 @@ def _warps(n_elements: int) -> int:
 @triton.jit(do_not_specialize=["n_rows"])
 def norm_kernel(
     x, branch, weight, total, normed, scale, n_rows, eps,
-    WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, ADDS: tl.constexpr,
+    WIDTH: constexpr, BLOCK_W: constexpr, ROWS: constexpr, ADDS: constexpr,
 ):  # fmt: skip
     """Some rows."""
     row_N = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -205,7 +204,7 @@ def norm_kernel(
 @triton.jit(do_not_specialize=["n_rows"])
 def norm_grad_kernel(
     d_total, d_normed, total, weight, scale, d_x, d_branch, d_weight, n_rows,
-    WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, ADDS: tl.constexpr, COPIES: tl.constexpr,
+    WIDTH: constexpr, BLOCK_W: constexpr, ROWS: constexpr, ADDS: constexpr, COPIES: constexpr,
 ):  # fmt: skip
     """Every n-th tile of rows: with y = x s w and s = (mean x^2 + eps)^(-1/2), dx = s (g w - x s^2 mean(g w x))."""
     at_W = tl.arange(0, BLOCK_W)
@@ -231,7 +230,7 @@ def norm_grad_kernel(
 
 
 @triton.jit
-def _gain(weight_q, weight_k, at_A, head, H: tl.constexpr, WIDTH: tl.constexpr):
+def _gain(weight_q, weight_k, at_A, head, H: constexpr, WIDTH: constexpr):
     """Half of the gain of a query or of a key."""
     head_A = at_A * 0 + head
     of_q_A = tl.load(weight_q + at_A, mask=(at_A < WIDTH) & (head_A < H), other=0.0)
@@ -239,7 +238,7 @@ def _gain(weight_q, weight_k, at_A, head, H: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _places(t_T, head, at_A, HEADS: tl.constexpr, HALF: tl.constexpr):
+def _places(t_T, head, at_A, HEADS: constexpr, HALF: constexpr):
     """Addresses (T, A) of the first half of a head in a contiguous (tokens, heads, width)."""
     return (t_T * HEADS + head)[:, None] * (2 * HALF) + at_A[None, :]
 
@@ -247,7 +246,7 @@ def _places(t_T, head, at_A, HEADS: tl.constexpr, HALF: tl.constexpr):
 @triton.jit(do_not_specialize=["n_tokens"])
 def heads_kernel(
     x, weight_q, weight_k, cos, sin, q, k, v, scale, n_tokens, eps,
-    H: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, BLOCK_A: tl.constexpr, ROWS: tl.constexpr,
+    H: constexpr, G: constexpr, HALF: constexpr, BLOCK_A: constexpr, ROWS: constexpr,
 ):  # fmt: skip
     """One head of some tokens; the two halves of a head are rotated as pairs. What a head is not is masked away."""
     head = tl.program_id(1)
@@ -286,7 +285,7 @@ def heads_kernel(
 @triton.jit(do_not_specialize=["n_tokens"])
 def heads_grad_kernel(
     d_q, d_k, d_v, x, weight_q, weight_k, cos, sin, scale, d_x, d_weight, n_tokens,
-    H: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, BLOCK_A: tl.constexpr, ROWS: tl.constexpr,
+    H: constexpr, G: constexpr, HALF: constexpr, BLOCK_A: constexpr, ROWS: constexpr,
 ):  # fmt: skip
     """Every n-th tile of tokens of one head."""
     head = tl.program_id(1)
@@ -331,7 +330,7 @@ def heads_grad_kernel(
 
 
 @triton.jit
-def swiglu_kernel(x, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu_kernel(x, out, WIDTH: constexpr, BLOCK: constexpr):
     """A part of one row."""
     row = tl.program_id(0).to(tl.int64)
     at_F = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -342,7 +341,7 @@ def swiglu_kernel(x, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def swiglu_grad_kernel(d_out, x, d_x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu_grad_kernel(d_out, x, d_x, WIDTH: constexpr, BLOCK: constexpr):
     """A part of one row."""
     row = tl.program_id(0).to(tl.int64)
     at_F = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -14,11 +14,10 @@ Scores are kept in base 2, with a bias that is the logarithm of how many tokens 
 Shape legend: M queries and N keys of a tile, A head width (padded to a power of two), H query heads, G key-value heads.
 """
 
-# Triton compiles these functions; as Python, plain numbers stand where it wants constants.
-# pyright: reportArgumentType=false, reportOperatorIssue=false
-
 import triton
 import triton.language as tl
+
+from dlcm.backends.kernel_types import constexpr
 
 # Below any score, yet finite: exp2(-inf - m) of a row that has seen nothing yet is zero and not NaN.
 LOWEST = tl.constexpr(-1.0e30)
@@ -27,16 +26,14 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _addresses(x, row_R, head, HEADS: tl.constexpr, D_HEAD: tl.constexpr, BLOCK_A: tl.constexpr):
+def _addresses(x, row_R, head, HEADS: constexpr, D_HEAD: constexpr, BLOCK_A: constexpr):
     """Addresses (R, A) of rows of one head in a contiguous (rows, heads, width); 64-bit, for long packings of wide models."""
     row_R = row_R.to(tl.int64) * HEADS + head
     return x + row_R[:, None] * D_HEAD + tl.arange(0, BLOCK_A)[None, :]
 
 
 @triton.jit
-def load_rows(
-    x, row_R, keep_R, head, HEADS: tl.constexpr, D_HEAD: tl.constexpr, BLOCK_A: tl.constexpr, MASKED: tl.constexpr
-):
+def load_rows(x, row_R, keep_R, head, HEADS: constexpr, D_HEAD: constexpr, BLOCK_A: constexpr, MASKED: constexpr):
     """Rows of one head; zero behind the head width and, with `MASKED`, where not kept."""
     x_RA = _addresses(x, row_R, head, HEADS, D_HEAD, BLOCK_A)
     inside_1A = (tl.arange(0, BLOCK_A) < D_HEAD)[None, :]
@@ -50,7 +47,7 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(x, row_R, keep_R, head, value_RA, HEADS: tl.constexpr, D_HEAD: tl.constexpr, BLOCK_A: tl.constexpr):
+def store_rows(x, row_R, keep_R, head, value_RA, HEADS: constexpr, D_HEAD: constexpr, BLOCK_A: constexpr):
     """Write kept rows of one head in the dtype of `x`."""
     x_RA = _addresses(x, row_R, head, HEADS, D_HEAD, BLOCK_A)
     inside_RA = keep_R[:, None] & (tl.arange(0, BLOCK_A) < D_HEAD)[None, :]
@@ -58,7 +55,7 @@ def store_rows(x, row_R, keep_R, head, value_RA, HEADS: tl.constexpr, D_HEAD: tl
 
 
 @triton.jit
-def biased(s, t, first, bias, OWN_BIAS: tl.constexpr):
+def biased(s, t, first, bias, OWN_BIAS: constexpr):
     """Scores with their bias; `t`, `first` and `bias` broadcast against `s` from either side.
 
     In the own segment, which is not complete at the query, t - first + 1 tokens lie at or before it; in an earlier one that
@@ -82,10 +79,10 @@ def scores(
     keep_N,
     limit_M,
     scale_2,
-    HAS_BIAS: tl.constexpr,
-    OWN_BIAS: tl.constexpr,
-    STAIR: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_BIAS: constexpr,
+    OWN_BIAS: constexpr,
+    STAIR: constexpr,
+    PRECISION: constexpr,
 ):
     """Scores (M, N) of a tile, for the kernels that hold queries and walk over keys; -inf from the limit of a row on."""
     s_MN = tl.dot(q_MA, tl.trans(k_NA), input_precision=PRECISION) * scale_2
@@ -104,7 +101,7 @@ def scores(
 
 
 @triton.jit
-def walk_keys(t, m0, m_end, t_M, hi_M, lo, hi, end, OWN_BIAS: tl.constexpr, BLOCK_N: tl.constexpr):
+def walk_keys(t, m0, m_end, t_M, hi_M, lo, hi, end, OWN_BIAS: constexpr, BLOCK_N: constexpr):
     """The keys that the rows [t, ...) of one document in the block [m0, m_end) see.
 
     Gives the first row of the next document; the first key; where the tiles stop that every row of the block sees whole; the last
@@ -139,13 +136,13 @@ def _attend_tile(
     limit_M,
     group,
     scale_2,
-    G: tl.constexpr,
-    D_HEAD: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    OWN_BIAS: tl.constexpr,
-    STAIR: tl.constexpr,
-    PRECISION: tl.constexpr,
+    G: constexpr,
+    D_HEAD: constexpr,
+    BLOCK_A: constexpr,
+    HAS_BIAS: constexpr,
+    OWN_BIAS: constexpr,
+    STAIR: constexpr,
+    PRECISION: constexpr,
 ):
     """One step of the online softmax."""
     keep_N = n_N < n_end
@@ -174,15 +171,15 @@ def forward_kernel(
     bias,
     n_tokens,
     scale,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    D_HEAD: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    OWN_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    H: constexpr,
+    G: constexpr,
+    D_HEAD: constexpr,
+    BLOCK_A: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_N: constexpr,
+    HAS_BIAS: constexpr,
+    OWN_BIAS: constexpr,
+    PRECISION: constexpr,
 ):
     """Outputs (T, H, A) and log-sum-exp (T, H) of one block of queries of one head; zero for rows that see nothing."""
     # The last rows of a document have the most to do: they start first.

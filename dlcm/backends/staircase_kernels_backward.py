@@ -3,12 +3,10 @@
 Shape legend: M queries and N keys of a tile, A head width (padded to a power of two), H query heads, G key-value heads.
 """
 
-# Triton compiles these functions; as Python, plain numbers stand where it wants constants.
-# pyright: reportArgumentType=false, reportOperatorIssue=false
-
 import triton
 import triton.language as tl
 
+from dlcm.backends.kernel_types import constexpr
 from dlcm.backends.staircase_kernels import (
     LOG2_E,
     biased,
@@ -29,10 +27,10 @@ def row_kernel(
     lse,
     row_terms,
     n_tokens,
-    H: tl.constexpr,
-    D_HEAD: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    H: constexpr,
+    D_HEAD: constexpr,
+    BLOCK_A: constexpr,
+    BLOCK_M: constexpr,
 ):
     """What the backward kernels need of each row: log-sum-exp in base 2 and `<d_out, out>`, as (2, H, T).
 
@@ -66,13 +64,13 @@ def _query_grad_tile(
     limit_M,
     group,
     scale_2,
-    G: tl.constexpr,
-    D_HEAD: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    OWN_BIAS: tl.constexpr,
-    STAIR: tl.constexpr,
-    PRECISION: tl.constexpr,
+    G: constexpr,
+    D_HEAD: constexpr,
+    BLOCK_A: constexpr,
+    HAS_BIAS: constexpr,
+    OWN_BIAS: constexpr,
+    STAIR: constexpr,
+    PRECISION: constexpr,
 ):
     """d_s k, with d_s = p * (<d_out, v> - delta) and p from the stored log-sum-exp."""
     keep_N = n_N < n_end
@@ -100,15 +98,15 @@ def query_grad_kernel(
     bias,
     n_tokens,
     scale,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    D_HEAD: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    OWN_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    H: constexpr,
+    G: constexpr,
+    D_HEAD: constexpr,
+    BLOCK_A: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_N: constexpr,
+    HAS_BIAS: constexpr,
+    OWN_BIAS: constexpr,
+    PRECISION: constexpr,
 ):
     """Gradient of one block of queries of one head."""
     m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
@@ -144,7 +142,7 @@ def query_grad_kernel(
 
 @triton.jit
 def _walk_queries(
-    n, n0, n_end, n_N, first_N, lo, first, end, n_tokens, n_keys, OWN_BIAS: tl.constexpr, BLOCK_M: tl.constexpr
+    n, n0, n_end, n_N, first_N, lo, first, end, n_tokens, n_keys, OWN_BIAS: constexpr, BLOCK_M: constexpr
 ):
     """The tokens that see the keys [n, ...) of one document in the block [n0, n_end).
 
@@ -181,13 +179,13 @@ def _key_grad_tile(
     n_tokens,
     head,
     scale_2,
-    H: tl.constexpr,
-    D_HEAD: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    OWN_BIAS: tl.constexpr,
-    STAIR: tl.constexpr,
-    PRECISION: tl.constexpr,
+    H: constexpr,
+    D_HEAD: constexpr,
+    BLOCK_A: constexpr,
+    HAS_BIAS: constexpr,
+    OWN_BIAS: constexpr,
+    STAIR: constexpr,
+    PRECISION: constexpr,
 ):
     """One tile of p' d_out and d_s' q, held transposed so that the keys' gradients need no transposition."""
     # The first tile may begin before the first document.
@@ -232,23 +230,23 @@ def key_grad_kernel(
     n_tokens,
     n_keys,
     scale,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    SPLITS: tl.constexpr,
-    D_HEAD: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    OWN_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    H: constexpr,
+    G: constexpr,
+    SPLITS: constexpr,
+    D_HEAD: constexpr,
+    BLOCK_A: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_N: constexpr,
+    HAS_BIAS: constexpr,
+    OWN_BIAS: constexpr,
+    PRECISION: constexpr,
 ):
     """Gradients of one block of keys and values of one head: over all queries that see it, of all query heads that share it.
 
     With `SPLITS` above one a program takes every `SPLITS`-th (tile, query head) pair and writes a partial sum of its own,
     (SPLITS, K, G, A): few long blocks of keys would leave most of a GPU idle. Adding them up in order keeps the result fixed.
     """
-    PER_GROUP: tl.constexpr = H // G
+    PER_GROUP: constexpr = H // G
     n0 = tl.program_id(0) * BLOCK_N
     group = tl.program_id(1)
     split = tl.program_id(2)

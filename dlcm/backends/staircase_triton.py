@@ -6,9 +6,6 @@ Nothing waits for the GPU: which tiles are visible is read there, from the layou
 Shape legend: T tokens, K concepts, H query heads, G key-value heads, A head width.
 """
 
-# The arguments of a kernel are typed as inside the kernel, where a constant is a `constexpr`.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -148,7 +145,8 @@ def _key_grads(
         results = (torch.empty_like(k), torch.empty_like(v))
         partial = results
         if n_splits > 1:
-            partial = tuple(x.new_empty(n_splits, *x.shape, dtype=torch.float32) for x in results)
+            d_k, d_v = (x.new_empty(n_splits, *x.shape, dtype=torch.float32) for x in results)
+            partial = (d_k, d_v)
         key_grad_kernel[triton.cdiv(n_keys, tiles.block_n), n_groups, n_splits](
             q, k, v, d_out, row_terms_2HT, *partial, layout.lo_T, *_key_side(layout), n_tokens, n_keys, d_head**-0.5,
             H=n_heads, G=n_groups, SPLITS=n_splits, D_HEAD=d_head, **_constants(tiles, q, layout),
