@@ -57,7 +57,7 @@ $(STAMPS)/test: $(STAMPS)/setup $(SOURCES) $(TESTS)
 	@$(BIN)/python -m pytest -n $$(( $(WORKERS) + 1 )) --dist worksteal
 	@mkdir -p $(STAMPS) && touch $@
 
-# Types take one processor for a minute: side by side with the tests.
+# Style and types take one processor for some seconds: side by side with the tests.
 check: $(STAMPS)/setup
 	@$(MAKE) --no-print-directory -j2 lint fast
 
@@ -69,7 +69,7 @@ style: $(STAMPS)/setup
 
 types: $(STAMPS)/setup
 	@echo "== types"
-	@$(BIN)/pyright
+	@$(BIN)/pyrefly check --progress-bar=no
 
 fast: $(STAMPS)/setup
 	@echo "== fast tests"

@@ -111,12 +111,13 @@ def flops_vs_accuracy(
     order = pd.DataFrame(
         {f"key {i}": values for i, (_, values) in enumerate(keys)} | {"C": data.C, "run": table["run"]}
     )
-    order = order.sort_values(list(order), kind="stable")
+    order = order.sort_values(list(order.columns), kind="stable")
     group = (
         order.iloc[:, : len(keys)].groupby(list(order)[: len(keys)], sort=False, dropna=False).ngroup() if keys else 0
     )
     group = np.broadcast_to(np.asarray(group), len(order))
-    table, seeds = (t.iloc[order.index].reset_index(drop=True) for t in (table, seeds))
+    table = table.iloc[order.index].reset_index(drop=True)
+    seeds = seeds.iloc[order.index].reset_index(drop=True)
     notes: list[str] = []
     compared = PairedRows(table, tasks, outcomes or {})
     if tasks:

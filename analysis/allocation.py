@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import cast
 
 import numpy as np
 
 from analysis.budget import Cost, tokens_for_budget
 from analysis.cost import InferenceCost, training_of, unit_of
 from analysis.design import LEVEL_WIDTH
-from analysis.law import Law
+from analysis.law import Family, Law
 from analysis.result import INSIDE, FitResult
 from analysis.search import Search, Solve
 from analysis.unknown import unknown_inputs
@@ -183,7 +184,7 @@ def law_of(result: FitResult, family: str | None = None) -> Law:
         if result.law.is_joint:
             raise UserError(f"law {result.law.name} describes both families; say which with family='dlcm' or 'dense'")
         return result.law
-    return result.law.for_family(family)  # pyright: ignore[reportArgumentType]
+    return result.law.for_family(cast("Family", family))
 
 
 def replicate_columns(result: FitResult) -> dict[str, Array]:

@@ -155,14 +155,14 @@ def _curve(data: ResultsData, over: str, held: Mapping[str, float | str], rows: 
 
 def _groups(data: ResultsData, over: str) -> list[tuple[dict[str, float | str], Array]]:
     """Sets of runs that differ in the coordinate and in C alone, each with what it holds; seeds are one set."""
-    keys: dict[str, tuple[Array, list[float]]] = {}
+    keys: dict[str, tuple[Array, list[float] | list[str]]] = {}
     for name in "NRP":
         if name != over and np.ptp(data.values(name)) > 0:
             keys[name] = _levels(data, name)
     kinds = sorted(set(data.frame["boundary"].astype(str))) if "boundary" in data.frame else []
     if len(kinds) > 1:
         at = np.array([kinds.index(str(kind)) for kind in data.frame["boundary"]])
-        keys["boundary"] = (at, kinds)  # pyright: ignore[reportArgumentType]
+        keys["boundary"] = (at, kinds)
     if not keys:
         return [({}, np.arange(len(data)))]
     table = np.stack([at for at, _ in keys.values()], axis=1)

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -30,6 +30,7 @@ from analysis.verbs import check_figure, load, progress, show
 
 if TYPE_CHECKING:
     from analysis.data import ResultsData
+    from analysis.objective import LossKind
     from analysis.result import FitResult
 
 app = typer.Typer(help="What the runs say: laws, optimum, plots, tables.", no_args_is_help=True, rich_markup_mode=None)
@@ -201,7 +202,7 @@ def report_verb(
 
     folder = out or find_results(results).parent / "report"
     given = {"cost": cost, "vocab_size": vocab_size, "seq_len": seq_len}
-    priced = find_prices(results, [], **given).training() if any(given.values()) else None  # pyright: ignore[reportArgumentType]
+    priced = find_prices(results, [], **given).training() if any(given.values()) else None
     with progress() as tell:
         data = load(results, columns, where, exclude, drop, n=n)
         found = analyze(
@@ -216,7 +217,7 @@ def _fit(law: Any, data: "ResultsData", *, loss: str, seed: int, n_bootstrap: in
 
     with progress() as tell:
         tell(f"fitting {law.name} to {count_runs(len(data.of_family(law.family)))}, {n_bootstrap} bootstrap refits")
-        return fit(law, data, loss=loss, seed=seed, n_bootstrap=n_bootstrap)  # pyright: ignore[reportArgumentType]
+        return fit(law, data, loss=cast("LossKind", loss), seed=seed, n_bootstrap=n_bootstrap)
 
 
 def _table_format(fmt: TableFormat | None, out: Path | None) -> Any:

@@ -67,7 +67,7 @@ def families(data: ResultsData, errors: Array) -> tuple[str, ...]:
         data: the runs.
         errors: of their accuracies, (n,).
     """
-    models = data.frame["model"].astype(str).to_numpy() if "model" in data.frame else np.full(len(data), "")
+    models: Array = data.frame["model"].astype(str).to_numpy() if "model" in data.frame else np.full(len(data), "")
     names = sorted(set(models))
     apart = [errors[models == name] for name in names]
     if len(names) != 2 or min(map(len, apart)) < _LEAST_RUNS:

@@ -206,7 +206,9 @@ class ResultsData:
             return self
         reason = f"among the {k} largest losses" if k > 1 else "the largest loss"
         rows: list[int] = []
-        families = self.frame["model"].astype(str).to_numpy() if "model" in self.frame else np.full(len(self), "")
+        families: Array = (
+            self.frame["model"].astype(str).to_numpy() if "model" in self.frame else np.full(len(self), "")
+        )
         for family in sorted(set(families)):
             own = np.flatnonzero(families == family)
             if not 0 < k < len(own):
@@ -259,9 +261,10 @@ def concat(parts: Sequence[ResultsData]) -> ResultsData:
     first = parts[0]
     for other in parts[1:]:
         first.convention.require_same(other.convention, f"{first.source} and {other.source} together")
+    symbols: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in SYMBOLS}
     return dataclasses.replace(
         first,
-        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in SYMBOLS},
+        **symbols,
         frame=pd.concat([part.frame for part in parts], ignore_index=True),
         exclusions=tuple(e for part in parts for e in part.exclusions),
         source=" + ".join(part.source for part in parts),

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -29,6 +29,7 @@ from analysis.verbs import check_figure, load, progress, show
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from analysis.accuracy_law import Link
     from analysis.chain import Accuracy
     from analysis.data import ResultsData
     from analysis.downstream import DownstreamFit
@@ -168,8 +169,8 @@ def downstream_verb(
     rows = task_data(data, task, source.value)
     with progress() as tell:
         tell(f"fitting accuracy on {task} over the {source}, {bootstrap} refits")
-        form = {"chance": chance, "ceiling": ceiling, "link": link.value}
-        curve = fit_downstream(data, task, source=source.value, **form, seed=seed, n_bootstrap=bootstrap)  # pyright: ignore[reportArgumentType]
+        form = {"chance": chance, "ceiling": ceiling, "link": cast("Link", link.value)}
+        curve = fit_downstream(data, task, source=source.value, **form, seed=seed, n_bootstrap=bootstrap)
         found = []
         if budget or choices:
             # the law of the loss has all runs, that of the bits per byte those that were evaluated
@@ -178,7 +179,7 @@ def downstream_verb(
             new = {} if saved else fit_families(stage, tell, seed=seed, n_bootstrap=bootstrap)
             fits = fits_by_family(saved or list(new.values()))
             priced = {"cost": cost, "vocab_size": vocab_size, "seq_len": seq_len}
-            prices = find_prices(results, saved, **priced) if budget else None  # pyright: ignore[reportArgumentType]
+            prices = find_prices(results, saved, **priced) if budget else None
             search = {"limit": limit, "force": force}
             found = _accuracies(curve, fits, prices, budget or [], choices, search, tell)
     files = _write_curve(curve, rows, found, out, plot)
@@ -204,11 +205,13 @@ def _accuracies(
     from dlcm.errors import UserError
 
     found = []
-    for fitted in fits.values() if prices else ():
-        require_priced(fitted.convention, prices)  # pyright: ignore[reportArgumentType]
+    for fitted in fits.values():
+        if prices is None:  # only choices were asked for
+            break
+        require_priced(fitted.convention, prices)
         for budget in budgets:
             tell(f"spending {budget:.3g} training FLOPs ({fitted.law.name})")
-            best = optimum(fitted, prices.training(), budget, flat=None, **search)  # pyright: ignore[reportOptionalMemberAccess]
+            best = optimum(fitted, prices.training(), budget, flat=None, **search)
             found.append(curve.at_optimum(best))
     for choice in choices:
         able = [f for f in fits.values() if set(f.law.inputs) == set(choice)]

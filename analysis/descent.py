@@ -116,7 +116,7 @@ def gauss_newton(problem: Problem, theta: Array, tolerance: float = 1e-15, max_n
     answer = optimize.least_squares(
         lambda t: both(t)[0],
         inside,
-        jac=lambda t: both(t)[1],  # pyright: ignore[reportArgumentType]  the stub knows only the names of schemes
+        jac=lambda t: both(t)[1],
         bounds=(lower, upper),
         x_scale="jac",
         **tolerances,

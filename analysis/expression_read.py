@@ -114,6 +114,12 @@ def _spec(given: Any, name: str, where: str) -> dict[str, Any]:
     return spec
 
 
+def _constant(spec: Mapping[str, Any]) -> Constant:
+    low, high = spec["bounds"][0], spec["bounds"][1]
+    facts: dict[str, Any] = {**spec, "bounds": (_bound(low, -math.inf), _bound(high, math.inf))}
+    return Constant(**facts)
+
+
 def _bound(value: Any, default: float) -> float:
     """An end of bounds; null is open."""
     number = default if value is None else float(value)
@@ -222,10 +228,7 @@ def from_dict(data: Mapping[str, Any]) -> ExpressionLaw:
         KeyError, TypeError, ValueError: a key is missing or of another type.
     """
     text_of.parse(data["expression"], f"law {data['name']}", text_of.INTERNAL)
-    constants = tuple(
-        Constant(**{**c, "bounds": (_bound(c["bounds"][0], -math.inf), _bound(c["bounds"][1], math.inf))})
-        for c in data["parameters"].values()
-    )
+    constants = tuple(map(_constant, data["parameters"].values()))
     floor = next((c.name for c in constants if c.kind == "floor"), None)
     others = {key: data[key] for key in ("name", "family", "target", "source", "expression")}
     return ExpressionLaw(floor=floor, terms=(), constants=constants, **others)

@@ -147,7 +147,7 @@ def draw_hold_outs(context: FigureContext) -> Figure:
             continue
         rows = prepare(fitted.law, rows)
         context.tell(f"holding out the largest budgets of the {family} runs")
-        problem = Problem.build(fitted.law, rows, fitted.loss, fitted.delta)  # pyright: ignore[reportArgumentType]
+        problem = Problem.build(fitted.law, rows, fitted.loss, fitted.delta)
         rng = np.random.default_rng(context.seed)
         holdouts, _ = hold_out(problem, problem.theta(fitted.values), rows, rng)
         if holdouts:

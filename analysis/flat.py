@@ -60,7 +60,7 @@ def flat_ranges(problem: Allocation, best: Array, threshold: float = THRESHOLD) 
         best: its N, D, R, P and loss.
         threshold: relative rise of the loss that is allowed.
     """
-    names = [name for name in "NDRP" if name == problem.solve or problem.is_open(name)]
+    names: list[str] = [name for name in "NDRP" if name == problem.solve or problem.is_open(name)]
     if len(names) < 2:
         return ()
     ends = _Ends(problem, best, names, threshold)

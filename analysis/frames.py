@@ -41,7 +41,7 @@ def read_table(file: Path) -> pd.DataFrame:
         raise UserError(f"{file}: results are read from .parquet or .csv, not {suffix or 'a file without suffix'}")
     try:
         frame = pd.read_parquet(file) if suffix == ".parquet" else pd.read_csv(file)
-    except (OSError, ValueError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         # pyarrow's and pandas' parser errors are all ValueErrors or OSErrors; their first line says what is broken
         detail = (str(error).splitlines() or ["empty"])[0]
         way_out = "collect the sweep again, or mend the file"

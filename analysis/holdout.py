@@ -211,7 +211,7 @@ def _centre(data: ResultsData) -> dict[str, float]:
 
 def _drift(name: str, value: float, found: list[HoldOut], moves: list[dict[str, Array]]) -> Drift:
     at_cuts = tuple(h.exponents.get(name, float("nan")) for h in found)
-    scores = []
+    scores: list[float] = []
     for at_cut, drawn in zip(at_cuts, moves):
         spread = float(np.nanstd(drawn[name])) if name in drawn else float("nan")
         if np.isfinite(at_cut) and np.isfinite(spread) and spread > 0:

@@ -78,7 +78,7 @@ def mixed_kinds(data: ResultsData) -> list[Finding]:
     found = []
     for family, rows in _families(data):
         sizes = find_levels(rows.N)[0]
-        for column in rows.frame.columns.difference(_NAMES):
+        for column in rows.frame.columns.difference(list(_NAMES)):
             if pd.api.types.is_numeric_dtype(rows.frame[column]):
                 continue
             values = rows.frame[column].astype(str)
@@ -154,7 +154,7 @@ def tuning_record(data: ResultsData) -> list[Finding]:
     if "lr_source" not in data.frame:
         text = "where learning rates come from is not recorded (no column lr_source)"
         return [Finding("tuning_not_recorded", _NOTE, text)]
-    source = data.frame["lr_source"].fillna("nothing").astype(str).to_numpy()
+    source: Array = data.frame["lr_source"].fillna("nothing").astype(str).to_numpy()
     untuned = np.array(["sha256:" not in s for s in source])
     if not untuned.any():
         return []

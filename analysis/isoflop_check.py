@@ -145,7 +145,7 @@ def check_against(found: IsoFlop, data: ResultsData, result: FitResult) -> IsoFl
     """
     rows = data.of_family(found.family or None)
     _require_comparable(found, rows, result)
-    problem = Problem.build(result.law, prepare(result.law, rows), result.loss, result.delta)  # pyright: ignore[reportArgumentType]
+    problem = Problem.build(result.law, prepare(result.law, rows), result.loss, result.delta)
     names, of_row = np.unique(np.asarray(rows.clusters, dtype=str), return_inverse=True)
     draws = np.random.default_rng(found.seed).normal(size=(found.n_bootstrap, len(names)))
     theta = problem.theta(result.values)

@@ -107,7 +107,7 @@ def isoflop_verb(
     with progress() as tell:
         for name in families:
             tell(f"isoFLOP profiles{f' of the {name} models' if name else ''}, {bootstrap} draws")
-            one = isoflop(data, family=name, over=over, **options)  # pyright: ignore[reportArgumentType]
+            one = isoflop(data, family=name, over=over, **options)
             found.append(_against_law(one, data, law, seed) if bootstrap and law != "none" else one)
     files = _draw_profiles(plot, found, data)
     if as_json:

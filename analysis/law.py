@@ -284,7 +284,7 @@ class Law:
         return np.stack([np.broadcast_to(partials[p.name], shape) for p in self.parameters], axis=-1)
 
     def evaluate(
-        self, values: Mapping[str, float], variables: Mapping[str, Array], *, gradient: bool
+        self, values: Mapping[str, Any], variables: Mapping[str, Array], *, gradient: bool
     ) -> tuple[Array, dict[str, Array]]:
         """Value and partial derivatives on variables that are already computed (and may be scaled).
 

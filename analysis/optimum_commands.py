@@ -1,7 +1,7 @@
 """The verb `dlcm analyze optimum`: from fits and a cost to an allocation. Only typer is imported at the top."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from analysis.frontier import Frontier
     from analysis.result import FitResult
     from analysis.spend import Ask, Prices
+    from analysis.tables import Format
 
 Budgets = Annotated[
     list[float] | None,
@@ -137,7 +138,7 @@ def optimum_verb(
     prices = {"cost": cost, "inference_cost": inference_cost, "vocab_size": vocab_size, "seq_len": seq_len}
     with progress() as tell:
         data = None if saved else load(results, columns, where, exclude, drop, n=n)
-        priced = find_prices(None if is_fit else results, saved, **prices)  # pyright: ignore[reportArgumentType]
+        priced = find_prices(None if is_fit else results, saved, **prices)
         require_priced((saved[0] if data is None else data).convention, priced)
         asks = _asks(priced, request, (budget or [], inference_budget or []), spans, tokens, served)
         new = {} if data is None else fit_families(data, tell, seed=seed, n_bootstrap=bootstrap)
@@ -236,7 +237,7 @@ def _write_frontiers(frontiers: "list[dict[str, Frontier]]", plot: Path | None, 
         from analysis.tables import format_table
         from dlcm.record import write_atomic
 
-        write_atomic(table, format_table(join_tables(frontiers[0]), table.suffix[1:]))  # pyright: ignore[reportArgumentType]
+        write_atomic(table, format_table(join_tables(frontiers[0]), cast("Format", table.suffix[1:])))
         files.append(str(table))
     return files
 

@@ -40,7 +40,7 @@ def plot_downstream(ax: Axes, data: ResultsData, curve: "DownstreamFit", predict
     if data.convention.loss != curve.fit.convention.loss:
         raise UserError(f"task {curve.task}: these rows hold another loss; draw task_data(data, task, source)")
     accuracy = 100 * numeric_column(data.frame, f"acc_{curve.task}", data.source)
-    models = data.frame["model"].astype(str).to_numpy() if "model" in data.frame else np.full(len(data), "runs")
+    models: Array = data.frame["model"].astype(str).to_numpy() if "model" in data.frame else np.full(len(data), "runs")
     for name, style in zip(sorted(set(models), reverse=True), _FAMILIES):
         own = models == name
         label = {"dlcm": "DLCM"}.get(name, name)

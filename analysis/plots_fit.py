@@ -218,7 +218,7 @@ def draw_fit(data: ResultsData, result: FitResult) -> Figure:
     rows = prepare(result.law, data.of_family(result.law.family))
     if rows.hash != result.data_hash:
         raise UserError(f"{data.source} (hash {rows.hash}) are not the runs of the fit (hash {result.data_hash})")
-    problem = Problem.build(result.law, rows, result.loss, result.delta)  # pyright: ignore[reportArgumentType]
+    problem = Problem.build(result.law, rows, result.loss, result.delta)
     theta = problem.theta(result.values)
     panels: list[Callable[[Axes], Axes]] = [
         lambda ax: plot_predicted_vs_measured(ax, rows, [result]),

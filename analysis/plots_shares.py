@@ -215,7 +215,7 @@ def _draw_optimum(ax: Axes, best: Optimum) -> list[str]:
     R, P = best["R"], best["P"]
     unknown = [c.name for c in (R, P) if c.status == "not identified"]
     label = "optimum, 95%" if best["R"].low is not None else "optimum"
-    bars = {
+    bars: dict[str, Any] = {
         f"{axis}err": [[max(c.value - c.low, 0.0)], [max(c.high - c.value, 0.0)]]
         for axis, c in (("x", R), ("y", P))
         if c.low is not None and c.high is not None

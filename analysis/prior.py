@@ -96,7 +96,7 @@ def default_prior(family: str = "dlcm") -> Prior:
     best = optimize.minimize_scalar(
         lambda p: (1 - p) ** -alpha + _CONCEPT_OVER_TOKEN * p**-alpha, bounds=(1e-3, 1 - 1e-3), method="bounded"
     )
-    a_token = _DENSE["A"] / float(best.fun)  # pyright: ignore[reportAttributeAccessIssue]  the stub has no fields
+    a_token = _DENSE["A"] / float(best.fun)
     values = {"E0": _DENSE["E"], "A_t": a_token, "t_t": 0.0, "d1": alpha}
     values |= {"A_c": _CONCEPT_OVER_TOKEN * a_token, "g": _G, "t_c": 0.0, "d2": alpha}
     values |= {"A_d": _DENSE["B"], "t_d": 0.0, "a": _DENSE["beta"]}

@@ -265,7 +265,7 @@ def _sweep_of(template: "Sweep", pool: "Plan", counts: np.ndarray) -> "Plan":
 
 def _ranges(candidates: ResultsData) -> dict[str, tuple[float, float]]:
     """Ranges of R and P, a single one where realised values only scatter around it."""
-    spans = {}
+    spans: dict[str, tuple[float, float]] = {}
     for name in "RP":
         values = candidates.values(name)
         single = float(np.median(values))

@@ -113,7 +113,7 @@ def regret(
     outside = problem.refuse_far(point, limit=limit, force=force, what="the choice and what follows from it")
     wide = dataclasses.replace(problem, box=_widened(problem, point))
     best = wide.best()[4]
-    inputs = dict(zip("NDRP", point))
+    inputs: dict[str, Any] = dict(zip("NDRP", point))
     loss = float(problem.law.predict(result.values, **inputs))
     low = high = None
     if len(result.replicates):
@@ -162,7 +162,7 @@ def _complete(problem: Allocation, given: Mapping[str, float]) -> Array:
 
 def _widened(problem: Allocation, point: Array) -> dict[str, tuple[float, float]]:
     """The box of the optimum, so far that it holds the choice."""
-    box = {}
+    box: dict[str, tuple[float, float]] = {}
     for name, value in zip("NRP", point[[0, 2, 3]]):
         low, high = problem.box[name]
         box[name] = (min(low, float(value)), max(high, float(value)))

@@ -14,6 +14,7 @@ from analysis.data import Convention, Exclusion
 from analysis.finding import Finding, Severity
 from analysis.intervals import interval
 from analysis.law import Family, Law
+from analysis.objective import LossKind
 from dlcm.errors import UserError, nearest
 from dlcm.record import read_json, write_json
 
@@ -126,7 +127,7 @@ class FitResult:
     checks: tuple[Check, ...]
     n_runs: int
     n_clusters: int
-    loss: str
+    loss: LossKind
     delta: float
     other_loss: str
     seed: int
@@ -297,14 +298,14 @@ class FitResult:
             parameters = []
             for entry in data["parameters"]:
                 entry = {k: v for k, v in entry.items() if k != "value"}
-                pairs = {key: entry.get(key) and _ends(entry[key]) for key in ("profile", "spread")}
-                parameters.append(Estimate(**{**entry, "status": ParameterStatus(entry["status"]), **pairs}))
+                pairs: dict[str, Any] = {key: entry.get(key) and _ends(entry[key]) for key in ("profile", "spread")}
+                parameters.append(Estimate(**(entry | {"status": ParameterStatus(entry["status"])} | pairs)))
             fields |= {
                 "law": law,
                 "status": Status(data["status"]),
                 "notes": tuple(data["notes"]),
                 "parameters": tuple(parameters),
-                "checks": tuple(Check(**{**c, "status": Status(c["status"])}) for c in data["checks"]),
+                "checks": tuple(Check(**(c | {"status": Status(c["status"])})) for c in data["checks"]),
                 "condition": float("inf") if data["condition"] is None else data["condition"],
                 "correlations": tuple((a, b, c) for a, b, c in data["correlations"]),
                 "replicates": np.array(data["replicates"], dtype=float).reshape(-1, len(parameters)),

@@ -196,7 +196,7 @@ class DenseBaseline:
 
         def loss(x: Array) -> Array:
             variables = self.dense.law.compute_variables({"N": np.exp(x), "D": D, "R": 1.0, "P": 0.0})
-            return self.dense.law.evaluate(values, variables, gradient=False)[0]  # pyright: ignore[reportArgumentType]
+            return self.dense.law.evaluate(values, variables, gradient=False)[0]
 
         x = _falling_root(loss, losses, low, high)
         known = np.isfinite(x)

@@ -210,6 +210,7 @@ class BothConventions:
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
         return {
+            # pyrefly: ignore[bad-argument-type]  pandas takes None
             "exponents": self.table().astype(object).where(lambda f: f.notna(), None).to_dict("records"),
             "fits": {convention: result.to_dict() for convention, result in self.fits.items()},
         }

@@ -119,7 +119,8 @@ def answer(
     regrets: dict[str, tuple[Regret, ...]] = {}
     for choice in choices:
         for family in _described_by(choice, {name: fits[name] for name in optima}):
-            found = regret(fits[family], ask.cost, ask.budget, **choice, **settings)
+            arguments: dict[str, Any] = {**choice, **settings}
+            found = regret(fits[family], ask.cost, ask.budget, **arguments)
             regrets[family] = (*regrets.get(family, ()), found)
     saved = savings(optima["dlcm"], fits["dense"], ask.cost) if set(FAMILIES) <= optima.keys() else None
     return Answer(optima, regrets, saved, {family: str(error) for family, error in failed.items()})

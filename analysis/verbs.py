@@ -1,11 +1,12 @@
 """What the verbs of `dlcm analyze` share: loading, progress, printing. Nothing heavy is imported at the top."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from analysis.convention import NConvention
     from analysis.data import ResultsData
 
 FIGURES = (".png", ".svg", ".pdf")
@@ -25,7 +26,7 @@ def load(
     from analysis.exclude import exclude_by_text
 
     mapping = parse_columns(columns) if columns else None
-    data = load_results(results, n=n, columns=mapping)  # pyright: ignore[reportArgumentType]
+    data = load_results(results, n=cast("NConvention | None", n), columns=mapping)
     data = data.select(where) if where else data
     return exclude_by_text(data, exclude or []).drop_largest_losses(drop)
 

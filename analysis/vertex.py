@@ -61,7 +61,8 @@ def find_vertex(x: Array, y: Array, skew: Any = 0.0) -> Vertex:
     low, high = x.min() - span / 2, x.max() + span / 2
     skew = np.broadcast_to(np.asarray(skew, dtype=float), (len(y),))
     centre = np.full(len(y), x.mean())
-    whole = _fit(x, y, np.ones_like(y), centre, np.zeros(len(y)))
+    weights = np.ones_like(y)
+    found = whole = _fit(x, y, weights, centre, np.zeros(len(y)))
     lowest = x[np.argmin(y, axis=1)]
     with np.errstate(all="ignore"):
         place = np.where(whole[:, 2] > 0, centre - whole[:, 1] / (2 * whole[:, 2]), lowest)

@@ -30,12 +30,12 @@ def models(size: float, vocab_size: int, length: int) -> dict[str, ModelConfig]:
     dlcm = ModelConfig(
         vocab_size=vocab_size,
         boundary=BoundaryConfig(compression_ratio=RATIO),
-        **dlcm_shape(size, SHARE),  # pyright: ignore[reportArgumentType]
+        **dlcm_shape(size, SHARE),
     )
     target = count(dlcm, seq_len=length, tokens_per_concept=RATIO).forward_per_token
 
     def dense(n: float) -> ModelConfig:
-        return ModelConfig(kind="dense", vocab_size=vocab_size, **dense_shape(n))  # pyright: ignore[reportArgumentType]
+        return ModelConfig(kind="dense", vocab_size=vocab_size, **dense_shape(n))
 
     sizes = [size * (0.3 + 0.02 * i) for i in range(36)]
     costs = {n: count(dense(n), seq_len=length).forward_per_token for n in sizes}

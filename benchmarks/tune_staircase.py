@@ -121,7 +121,7 @@ def time_ms(segments, tensors, kernel: Kernel, tiles: dict[Kernel, Tiles]) -> fl
             if kernel == "forward"
             else (lambda: staircase_triton.backward(d_out, q, k, v, out, lse, *rest))
         )
-        return float(do_bench(run, return_mode="median"))  # pyright: ignore[reportArgumentType]
+        return float(do_bench(run, return_mode="median"))
     except OutOfResources:
         return None
 

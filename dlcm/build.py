@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -42,7 +42,7 @@ _Place = tuple[int, int]  # number of a file, documents of it that are done
 
 
 @contextlib.contextmanager
-def lock(folder: Path, progress: Progress | None) -> Iterator[None]:
+def lock(folder: Path, progress: Progress | None) -> Generator[None]:
     """Hold the right to build a cache folder; waits for a process that has it, and says so."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f".{folder.name}.lock").open("w") as file:
@@ -148,8 +148,9 @@ class _Build:
     def _begin(self) -> tuple[Journal, Tokenizer]:
         path = self.folder / "journal.json"
         if path.exists():
-            facts = read_json(path)
-            journal = Journal(**{**facts, "splits": {name: Written(**facts["splits"][name]) for name in SPLITS}})
+            facts: dict[str, Any] = read_json(path)
+            facts["splits"] = {name: Written(**facts["splits"][name]) for name in SPLITS}
+            journal = Journal(**facts)
             tokenizer = self._kept_tokenizer()
             if tokenizer.fingerprint == journal.tokenizer:
                 return journal, tokenizer

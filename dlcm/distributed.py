@@ -7,7 +7,7 @@ written by rank 0 alone.
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -80,7 +80,7 @@ def current_ranks() -> Ranks:
 
 
 @contextlib.contextmanager
-def joined(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
+def joined(environment: Mapping[str, str] = os.environ) -> Generator[Ranks]:
     """Join the processes of a run as torchrun, SLURM or submitit started them; alone where they started one.
 
     Raises:

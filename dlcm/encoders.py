@@ -129,7 +129,7 @@ class Encoders(Generic[Label]):
     def _ask(self, documents: list[bytes]) -> Encoded | None:
         """In a thread: let the next idle process encode; None where it died, now or before."""
         process = self._idle.get()
-        encoded = process and process.ask(documents)
+        encoded = process.ask(documents) if process is not None else None
         self._idle.put(process if encoded is not None else None)
         return encoded
 

@@ -54,7 +54,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # pyrefly: ignore[bad-override]  one gradient for each output
         x, weight_W, scale, cos_T1A, sin_T1A = ctx.saved_tensors
         if cos_T1A is not None:
             grad = _rotate(grad, cos_T1A, sin_T1A, -1.0)
@@ -84,7 +84,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TF: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_TF: Tensor) -> tuple[Tensor, Tensor]:  # pyrefly: ignore[bad-override]  one gradient for each output
         gate_TF, up_TF = ctx.saved_tensors
         d_gate_TF = torch.ops.aten.silu_backward(grad_TF * up_TF, gate_TF)
         return d_gate_TF, F.silu(gate_TF).mul_(grad_TF)

@@ -86,7 +86,7 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]  one gradient for each output
         total, weight_W, scale_N = ctx.saved_tensors
         if d_normed is None:  # nobody reads the norm
             return d_total, None if ctx.branch is None or d_total is None else d_total.to(ctx.branch), None, None, None
@@ -116,7 +116,7 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_y_TX: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, d_y_TX: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]  one gradient for each output
         x_TW, beside_XW = ctx.saved_tensors
         d_x_TW = torch.mm(d_y_TX, beside_XW) if ctx.needs_input_grad[0] else None
         d_beside_XW = _accumulated(d_y_TX.T, x_TW, ctx.dtypes[0])
@@ -151,7 +151,7 @@ class _Heads(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_q: Tensor, d_k: Tensor, d_v: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, d_q: Tensor, d_k: Tensor, d_v: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]  one gradient for each output
         x_TX, gain_q_A, gain_k_A, cos_T1A, sin_T1A, scale = ctx.saved_tensors
         grads = (d.contiguous() for d in (d_q, d_k, d_v))
         found = _kernels().heads_backward(*grads, x_TX, (gain_q_A, gain_k_A), cos_T1A, sin_T1A, scale)
@@ -167,5 +167,5 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, d_out: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]  one gradient for each output
         return _kernels().swiglu_backward(d_out.contiguous(), *ctx.saved_tensors)

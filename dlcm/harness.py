@@ -205,9 +205,10 @@ class HarnessTask(Task):
 
     def build_all_requests(self, *, limit: int | None = None, **kwargs: Any) -> None:  # noqa: ARG002
         """One request an answer, and one more without its prompt where that is scored too."""
+        items: Sequence[Any] = self.task.items[:limit]  # lm-eval hands documents on, whatever they are
         self._instances = [
-            Instance("loglikelihood", item, arguments, i, metadata=(self.task.name, number, 1))  # pyright: ignore[reportArgumentType]
-            for number, item in enumerate(self.task.items[:limit])
+            Instance("loglikelihood", item, arguments, i, metadata=(self.task.name, number, 1))
+            for number, item in enumerate(items)
             for i, arguments in enumerate(self.construct_requests(item, ""))
         ]
 
@@ -238,7 +239,7 @@ class HarnessTask(Task):
 
     def aggregation(self) -> dict[str, Callable]:
         """Means over items."""
-        return {name: mean for name in self.higher_is_better()}  # noqa: C420 (pyright takes no fromkeys here)
+        return dict.fromkeys(self.higher_is_better(), mean)
 
     def higher_is_better(self) -> dict[str, bool]:
         """Which way each score points."""

@@ -28,7 +28,7 @@ class Linear(nn.Linear):
         self.side: Side = side
         super().__init__(d_in, d_out, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:  # the parent's name is `input`
+    def forward(self, x: Tensor) -> Tensor:  # pyrefly: ignore[bad-override-param-name]  the parent's `input` is a builtin
         """Return the product with the matrix."""
         if x.dim() == 2 and fused_gpu.applies(x):
             return fused_gpu.products(x, self.weight)

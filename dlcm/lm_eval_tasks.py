@@ -12,7 +12,7 @@ import os
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -42,9 +42,10 @@ def lm_eval_task(name: str, limit: int | None = None, n_shot: int = 0) -> EvalTa
     _use_cache_alone_where_the_hub_does_not_answer()
     try:
         with _quiet():
-            from lm_eval.tasks import get_task_dict
+            from lm_eval import tasks
 
-            parts = list(_leaves(get_task_dict([name], manager)))
+            # pyrefly: ignore[deprecated]  what replaces it is not in lm-eval 0.4.9
+            parts = list(_leaves(tasks.get_task_dict([name], manager)))
     except (
         Exception
     ) as error:  # of the hub, of the data's builder, of the network: whatever they raise, the way out is one
@@ -110,7 +111,7 @@ def _items(part: Any, word: str, limit: int | None, n_shot: int) -> Iterator[Ite
         )
 
 
-def _item(part: Any, pairs: list[tuple[str, str]], doc: Any, where: str) -> Item:
+def _item(part: Any, pairs: list[tuple[str, Any]], doc: Any, where: str) -> Item:
     if part.OUTPUT_TYPE == "loglikelihood":
         answer = str(pairs[0][1])
         return Item((pairs[0][0],), (answer,), 0, (len(answer.strip().encode()),))
@@ -127,7 +128,7 @@ def _item(part: Any, pairs: list[tuple[str, str]], doc: Any, where: str) -> Item
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Without the progress bars of lm-eval and of the hub, which cannot be turned off."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield

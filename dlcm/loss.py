@@ -92,7 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # pyrefly: ignore[bad-override]  one gradient for each output
         grad_TW, grad_VW = ctx.saved_tensors
         of_x, of_weight = ctx.dtypes
         return (grad_TW * grad_sum).to(of_x), (grad_VW * grad_sum).to(of_weight), None, None, None

@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ _CLAIM_TRIES, _CLAIM_PAUSE_S = 5, 0.02
 
 
 @contextlib.contextmanager
-def run_lock(run_dir: Path, name: str = ".lock") -> Iterator[None]:
+def run_lock(run_dir: Path, name: str = ".lock") -> Generator[None]:
     """Hold a run for this process; the kernel lets go when the process dies, however it dies.
 
     Args:

@@ -238,7 +238,7 @@ def jsonl_task(path: Path, limit: int | None = None, n_shot: int = 0) -> EvalTas
     for number, row in read_rows(path):
         where = f"{path}:{number}"
         here = _kind(row, where)
-        if kind not in (None, here):
+        if kind is not None and kind != here:
             raise UserError(
                 f"{where}: a row of {', '.join(_KINDS[here])} among rows of {', '.join(_KINDS[kind])}; one kind a file"
             )

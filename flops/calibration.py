@@ -175,7 +175,8 @@ def format_calibration(calibration: Calibration) -> str:
 
 def _parse(record: dict[str, Any]) -> Calibration:
     points = tuple(Point(**point) for point in record["points"])
-    calibration = Calibration(**{**record, "points": points, "left_out": tuple(record["left_out"])})
+    facts: dict[str, Any] = {**record, "points": points, "left_out": tuple(record["left_out"])}
+    calibration = Calibration(**facts)
     figures = [calibration.peak_flops, calibration.memory_bytes]
     figures += [x for point in calibration.points for x in (point.flops_per_token, point.flop_per_s)]
     if not calibration.points or not all(math.isfinite(x) and x > 0 for x in figures):

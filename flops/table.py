@@ -118,7 +118,7 @@ def table_rows(found: Iterable[Counted]) -> list[dict[str, Any]]:
 
     `forward_over_dense` is there where exactly one of the models is dense: the forward pass over that of the dense one.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for item in found:
         flops, params = item.flops, item.params
         rows.append(

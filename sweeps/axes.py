@@ -162,7 +162,7 @@ def check_paths(values: Mapping[str, Any], where: str, seen: dict[str, str]) -> 
     """
     result = {}
     for key, value in values.items():
-        name = canonical(str(key), where)
+        name = canonical(key, where)
         if name.startswith(MIXTURE) and (whole := next((k for k in seen if _overlaps(k, name)), None)):
             raise UserError(f"{where}: {key!r} is given twice, here and with {seen[whole]}; keep one")
         if name in seen:

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 from dlcm.record import RunBusyError, is_locked
 from sweeps.heartbeat import BEAT_S, MAX_DEATHS, MAX_STARTS
@@ -17,7 +17,7 @@ Claim = tuple[StoredRun, Lease, Start, tuple[StoredRun, ...]]
 @contextlib.contextmanager
 def claim_next(
     sweep: StoredSweep, submission: int, tried: set[str], stop: Callable[[], bool], *, only_branches: bool
-) -> Iterator[Claim | None]:
+) -> Generator[Claim | None]:
     """Hold the longest open run that can begin; none where no run is open to this worker."""
     # A run whose worker was just lost on another machine looks held until its lease has run out: that long we stay.
     leave_at = time.monotonic() + LEASE_S + 2 * BEAT_S

@@ -113,7 +113,9 @@ class ClusterConfig(Frozen):
         """Memory in bytes."""
         if self.memory is None or self.memory == "auto":
             return None
-        number, unit = re.fullmatch(r"([\d.]+)\s*([KMGT])B?", self.memory.upper()).groups()  # type: ignore[union-attr]
+        size = re.fullmatch(r"([\d.]+)\s*([KMGT])B?", self.memory.upper())
+        assert size is not None  # `_memory` lets nothing else in
+        number, unit = size.groups()
         return int(float(number) * _SUFFIXES[unit])
 
 

@@ -7,7 +7,7 @@ for through submitit, whose `result()` has no bound when a job dies without acco
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,7 +171,7 @@ def is_to_train(state: RunState) -> bool:
 
 
 @contextlib.contextmanager
-def submit_lock(sweep_dir: Path) -> Iterator[None]:
+def submit_lock(sweep_dir: Path) -> Generator[None]:
     """Hold a sweep's directory against other submits.
 
     Raises:

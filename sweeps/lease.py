@@ -20,7 +20,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -70,7 +70,7 @@ class Lease:
 
 
 @contextlib.contextmanager
-def lease(folder: Path, name: str, facts: Mapping[str, Any] | None = None) -> Iterator[Lease]:
+def lease(folder: Path, name: str, facts: Mapping[str, Any] | None = None) -> Generator[Lease]:
     """Hold `name` of a folder.
 
     Args:

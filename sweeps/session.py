@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -225,7 +225,7 @@ def _conclude(snapshot: Snapshot, submission: "Submission", out: Any) -> int:
 
 
 @contextmanager
-def _foreground(out: Any) -> Iterator[dict[str, Callable[..., None]]]:
+def _foreground(out: Any) -> Generator[dict[str, Callable[..., None]]]:
     """Callbacks that show the progress of runs in this process: a bar on a terminal, lines elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -350,9 +350,8 @@ def collect_and_show(sweep_dir: Path, *, as_json: bool) -> None:
             "counts": dict(counts),
             "warnings": [repeats] if repeats else [],
         }
-        print(
-            json.dumps(told | {"rows": json.loads(str(frame.to_json(orient="records", double_precision=15)))}, indent=2)
-        )
+        rows = json.loads(frame.to_json(orient="records", double_precision=15))
+        print(json.dumps(told | {"rows": rows}, indent=2))
         return
     told = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
     print(f"{path}: {count_of(len(frame), 'run')} ({told}), {len(frame.columns)} columns")

@@ -27,7 +27,7 @@ from sweeps.shapes import (
 )
 
 _LEAST_WIDTH = 8
-_SCAN = np.linspace(-0.16, 0.16, 81)  # of log N around the smooth solution
+_SCAN: list[float] = np.linspace(-0.16, 0.16, 81).tolist()  # of log N around the smooth solution
 _CLOSE, _FAR = 0.002, 0.05
 
 CostFunction = Callable[[Any, Any, Any, Any], Any]
@@ -193,7 +193,7 @@ def size_at_cost(
         middle = math.sqrt(low * high)
         low, high = (middle, high) if is_below(middle) else (low, middle)
     best: tuple[float, float] | None = None
-    for step in sorted(_SCAN.tolist(), key=abs):
+    for step in sorted(_SCAN, key=abs):
         size = float(f"{low * math.exp(step):.6g}")
         try:
             shape = dense_shape(size, rule, d_head)

@@ -99,7 +99,7 @@ def sweep_states(sweep: StoredSweep, jobs: Mapping[str, JobState] | None = None)
     states = [
         run_state(run, tasks, evidence) if run.run_id in present else _untouched(run, evidence) for run in sweep.runs
     ]
-    lost = [str(state.job_id) for state in states if state.status == "lost" and state.job_id]
+    lost = [state.job_id for state in states if state.status == "lost" and state.job_id]
     if not lost or not any(job.cluster == "slurm" for job in evidence.jobs.values()):
         return states
     reasons = end_reasons(lost)

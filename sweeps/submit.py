@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -227,7 +227,7 @@ class Submitting:
 
 
 @contextlib.contextmanager
-def _code_first(root: Path) -> Iterator[None]:
+def _code_first(root: Path) -> Generator[None]:
     """Processes started inside import the packages from `root`, whatever their working directory holds."""
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
     os.environ["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [before["PYTHONPATH"]])])
@@ -259,7 +259,7 @@ def _local_gpus(per_run: int, n_workers: int) -> list[tuple[int, ...]]:
 
 
 @contextlib.contextmanager
-def _signals_ignored(*signals: signal.Signals) -> Iterator[None]:
+def _signals_ignored(*signals: signal.Signals) -> Generator[None]:
     """Processes started inside ignore `signals`: Ctrl-C or a closed terminal ends the watching, not the work."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -201,7 +201,7 @@ def _memory_was_short() -> bool:
 
 
 @contextlib.contextmanager
-def _signals_into(stop: list[str]) -> Iterator[None]:
+def _signals_into(stop: list[str]) -> Generator[None]:
     def note(number: int, _frame: FrameType | None) -> None:
         stop.append(signal.Signals(number).name)
 

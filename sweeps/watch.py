@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from sweeps.jobs import JobState, job_states
-from sweeps.states import STATUSES, RunState, sweep_states
+from sweeps.states import STATUSES, RunState, Status, sweep_states
 from sweeps.store import StoredSweep, load_sweep
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Overview:
     """A sweep at one moment, in a line."""
 
     n_runs: int
-    counts: dict[str, int]
+    counts: dict[Status, int]
     n_complete: int
     flops_planned: float
     flops_spent: float

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -267,7 +267,7 @@ def _record_failure(run: StoredRun, stage: str, submission: int, error: Exceptio
 
 
 @contextlib.contextmanager
-def _captured(path: Path) -> Iterator[None]:
+def _captured(path: Path) -> Generator[None]:
     """Send file descriptors 1 and 2 to `path`, so that the last words of native code are kept as well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
@@ -287,7 +287,7 @@ def _captured(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def thread_environment(threads: int) -> Iterator[None]:
+def thread_environment(threads: int) -> Generator[None]:
     """Set the thread counts of the numerical libraries for the processes started inside: they read them at import."""
     before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))

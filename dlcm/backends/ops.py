@@ -31,7 +31,7 @@ class Pair(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]  one gradient for each output
         """Gradients of q, k and v."""
         gradients = ctx.module.backward(d_out, *ctx.saved_tensors, *ctx.where)
         return *gradients, None, *(None for _ in ctx.where)

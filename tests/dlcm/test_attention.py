@@ -367,7 +367,7 @@ def test_varlen_calls_say_which_sequences_there_are_and_that_they_are_causal(mon
     monkeypatch.setattr(varlen, "_takes_groups", lambda: "enable_gqa" in names)
     monkeypatch.setattr(varlen, "find_spec", lambda _: True if names == FLASH else None)
     module = ModuleType("flash_attn")
-    module.flash_attn_varlen_func = fake  # pyright: ignore[reportAttributeAccessIssue]
+    module.flash_attn_varlen_func = fake
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     out = varlen.self_attention(q, k, v, packing, scale)
     factor = 1.0 if scale is None else scale * math.sqrt(q.shape[-1])

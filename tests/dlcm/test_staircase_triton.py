@@ -289,7 +289,7 @@ def test_tiles_are_chosen_once_for_each_order_of_magnitude_of_tokens(monkeypatch
             self.shape = (n_tokens, 8, 96)
 
     def choose(n_tokens):
-        return staircase_tiles.choose("forward", Queries(n_tokens), 2, lambda tiles: None)  # pyright: ignore[reportArgumentType]
+        return staircase_tiles.choose("forward", Queries(n_tokens), 2, lambda tiles: None)
 
     candidates = staircase_tiles.candidates("forward", 96, torch.bfloat16)
     assert {choose(n) for n in (4000, 4096, 5000)} == {candidates[-1]}

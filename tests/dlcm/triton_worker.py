@@ -134,7 +134,7 @@ def _mend_interpreter() -> None:
             patched.add(function.__module__)
             patch(function)
             # Bounds of loops come as arrays of one element, which NumPy 2.4 no longer takes for an integer by itself.
-            tl.tensor.__index__ = lambda self: int(self.handle.data.item())  # pyright: ignore[reportAttributeAccessIssue]
+            tl.tensor.__index__ = lambda self: int(self.handle.data.item())
         return SimpleNamespace(restore=lambda: None)
 
     interpreter._patch_lang = patch_once
