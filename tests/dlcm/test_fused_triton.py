@@ -164,17 +164,21 @@ def test_kernels_compile_for_a_hopper_gpu(d_head, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     half, rows = fused_triton._half(d_head)
     constants = {"WIDTH": 1088, "BLOCK_W": 2048, "ROWS": 1, "ADDS": True, "COPIES": True, "BLOCK": 1024, "GRAD": True}
+    of_sums = {"R": 6, "WIDTH": 1088, "BLOCK_W": fused_triton._SUM_WIDTH, "ROWS": fused_triton._SUM_ROWS}
     of_heads = {"H": 4, "G": 2, "HALF": d_head // 2, "BLOCK_A": half, "ROWS": rows}
     wide = {"x", "total", "weight", "scale", "d_total", "d_x", "d_weight", "weight_q", "weight_k", "cos", "sin", "nats"}
     kernels = {name: getattr(fused_triton, name) for name in dir(fused_triton) if name.endswith("_kernel")}
     kernels["softmax_delta_kernel"] = cross_entropy_triton.softmax_delta_kernel
-    assert len(kernels) == 7
+    assert len(kernels) == 8
     for name, kernel in kernels.items():
-        given = constants | (of_heads if name.startswith("heads") else {})
+        given = constants | (of_heads if name.startswith("heads") else of_sums if name == "sums_kernel" else {})
         given = {key: value for key, value in given.items() if key in kernel.arg_names}
         narrow = {"x", "d_x"} if name.startswith(("heads", "swiglu")) else set()
         types = {key: "*fp32" if key in wide - narrow else "*bf16" for key in kernel.arg_names}
-        types |= {"eps": "fp32", "n_rows": "i32", "n_tokens": "i32", "vocab_size": "i32", "targets": "*i64"}
+        types |= {"eps": "fp32", "targets": "*i64"} | (
+            {"parts": "*fp32", "out": "*fp32"} if name == "sums_kernel" else {}
+        )
+        types |= dict.fromkeys(("n_rows", "n_tokens", "vocab_size", "n_programs", "n_first"), "i32")
         types |= dict.fromkeys(given, "constexpr")
         source = ASTSource(
             kernel,
