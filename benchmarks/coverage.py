@@ -1,4 +1,4 @@
-"""Do 95% intervals hold the truth 95% of the time? `python benchmarks/coverage.py [--case NAME] [--sims 400] [--assert]`.
+"""Do 95% intervals hold the truth 95% of the time? `python benchmarks/coverage.py [--case NAME] [--noise X] [--sims N]`.
 
 A law is planted, its sweep simulated with noise on the logarithm of the loss, and each simulated sweep fitted as a user would
 fit it: `fit` with the law that the runs support, its bootstrap, and `optimum` at a budget inside the data. Counted is how often
@@ -218,21 +218,27 @@ def main() -> None:
     """Simulate, record, and with --assert hold the claim."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", help="designs whose name contains this; the others keep what was recorded")
+    parser.add_argument("--noise", type=float, help="this noise alone; the others keep what was recorded")
     parser.add_argument("--sims", type=int, default=400, help="simulated sweeps a row")
     parser.add_argument(
         "--assert", dest="check", action="store_true", help="fail where an interval covers too rarely or often"
     )
     args = parser.parse_args()
-    chosen = [case for case in cases() if not args.case or args.case in case.name]
-    names = {case.name for case in chosen}
-    path = RESULTS / "coverage.json"
-    rows = [row for row in read_json(path)["rows"] if row["design"] not in names] if path.exists() and args.case else []
-    order, about = [case.name for case in cases()], {"environment": environment("cpu"), "refits": REFITS}
+    chosen = [
+        (case, noise)
+        for case in cases()
+        for noise in case.noises
+        if (not args.case or args.case in case.name) and args.noise in (None, noise)
+    ]
+    path, names = RESULTS / "coverage.json", {(case.name, noise) for case, noise in chosen}
+    rows = read_json(path)["rows"] if path.exists() and (args.case or args.noise) else []
+    rows = [row for row in rows if (row["design"], row["noise"]) not in names]
+    order = {(case.name, noise): i for i, (case, noise) in enumerate((c, n) for c in cases() for n in c.noises)}
+    about = {"environment": environment("cpu"), "refits": REFITS}
     with ProcessPoolExecutor(n_processors()) as pool:
-        for case in chosen:
-            for noise in case.noises:
-                rows = sorted([*rows, *measure(case, noise, args.sims, pool)], key=lambda r: order.index(r["design"]))
-                path = write_result("coverage", {**about, "rows": rows})
+        for case, noise in chosen:
+            rows = sorted([*rows, *measure(case, noise, args.sims, pool)], key=lambda r: order[r["design"], r["noise"]])
+            path = write_result("coverage", {**about, "rows": rows})
     print(f"-> {path}")
     if args.check and (off := [row for row in rows if is_off(row)]):
         raise SystemExit("error: off the mark: " + "; ".join(f"{r['design']} {r['noise']} {r['of']}" for r in off))

@@ -67,6 +67,7 @@ def gpu_throughput_table(payload: Payload) -> str:
                 {
                     "model": model,
                     "compiled": "yes" if row["compiled"] else "no",
+                    "windows": row["windows"],
                     "tokens/s": rate,
                     "over llama": rate / theirs if rate and theirs else None,
                     "MFU": row.get(f"MFU {model}"),
@@ -74,9 +75,9 @@ def gpu_throughput_table(payload: Payload) -> str:
                     "estimated, GB": row.get(f"estimated GB {model}"),
                 }
             )
-    batch, heads = payload["batch"][0], payload["models"][0]["dense"]["d_head"]
+    length, heads = payload["batch"][0]["seq_len"], payload["models"][0]["dense"]["d_head"]
     size = f"{payload['rows'][0]['size'] / 1e6:.0f}M parameters, heads of {heads}"
-    return f"{format_table(lines)}\n\n{size}, {batch['windows']} windows of {batch['seq_len']} tokens, bf16."
+    return f"{format_table(lines)}\n\n{size}, windows of {length} tokens, bf16."
 
 
 def coordinate_table(payload: Payload) -> str:
