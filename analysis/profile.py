@@ -47,7 +47,7 @@ def profile_intervals(problem: Problem, theta: Array, level: float = 0.95) -> di
     thetas, rises = _profile(problem, first, [i for i, _ in ends], least)
     over = rises > allowed
     beyond = np.where(over.any(axis=1), over.argmax(axis=1), -1)
-    crossed = np.flatnonzero(beyond >= 0)
+    crossed = np.flatnonzero(beyond >= 0).tolist()
     upper = [thetas[e, beyond[e]] for e in crossed]
     lower = [thetas[e, beyond[e] - 1] if beyond[e] else theta for e in crossed]
     second = [low + _BETWEEN[:, None] * (high - low) for low, high in zip(lower, upper)]

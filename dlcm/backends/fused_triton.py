@@ -140,7 +140,8 @@ def heads_backward(
                 d_q, d_k, d_v, x_TX, *weights_2A, cos_T1A, sin_T1A, scale, d_x, d_gains, n_tokens,
                 H=n_heads, G=n_kv, HALF=d_head // 2, BLOCK_A=half, ROWS=rows, num_warps=_warps(half * rows),
             )  # fmt: skip
-    return d_x, *_sums(d_gains, (n_heads, n_kv))
+    d_gain_q_A, d_gain_k_A = _sums(d_gains, (n_heads, n_kv))
+    return d_x, d_gain_q_A, d_gain_k_A
 
 
 def _sums(parts_PRW: Tensor, groups: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -249,9 +250,7 @@ def norm_grad_kernel(
 
 
 @triton.jit(do_not_specialize=["n_programs"])
-def sums_kernel(
-    parts, out, n_programs, n_first, R: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr
-):
+def sums_kernel(parts, out, n_programs, n_first, R: constexpr, WIDTH: constexpr, BLOCK_W: constexpr, ROWS: constexpr):
     """Some columns of the first `n_first` of the R rows of each program, or of those behind."""
     group = tl.program_id(1)
     begin, count = group * n_first, (1 - group) * n_first + group * (R - n_first)
