@@ -41,6 +41,8 @@ def profile_intervals(problem: Problem, theta: Array, level: float = 0.95) -> di
         return {}
     allowed, covariance, least = scale
     chosen = [i for i, p in enumerate(problem.law.free) if p.kind in _KINDS and covariance[i, i] > 0]
+    if not chosen:
+        return {}
     ends = [(i, sign) for i in chosen for sign in (-1.0, 1.0)]
     # All ends together: alone, each would be a handful of descents, which takes as long as hundreds.
     first = [_along(problem, theta, i, covariance[i], sign * _REACH) for i, sign in ends]
@@ -150,7 +152,7 @@ def _along(problem: Problem, theta: Array, i: int, covariances: Array, errors: A
 
 def _profile(problem: Problem, starts: Sequence[Array], held: Sequence[int], least: float) -> tuple[Array, Array]:
     """Refits from E sets of starts, (steps, p) each, with one constant held in each set: (E, steps, p), and rises, (E, steps)."""
-    if not len(starts):
+    if not len(starts):  # no end was crossed
         return np.empty((0, 0, len(problem.law.free))), np.empty((0, 0))
     rows = np.concatenate(starts)
     of_row = np.repeat(np.asarray(held), len(starts[0]))

@@ -249,18 +249,28 @@ AGAINST_PAPER = "FlexAttention's time over that of replication, at R = 4, here a
 
 
 # By the start of a result's name; rows as they are for all others.
+_OPEN = 0.965
+"""Promised coverage from which intervals are open to a side often enough to say so."""
+
+
 def coverage_table(payload: Payload) -> str:
     """A row a design and noise, a column a quantity: share covered, what was promised, share given where not all are."""
-    rows: dict[tuple[str, float], dict[str, str]] = {}
+    rows: dict[tuple[str, float, int], dict[str, str]] = {}
     names = list(dict.fromkeys(row["of"] for row in payload["rows"]))
     for row in payload["rows"]:
-        promised, given = round(row["promised"], 2), row["given"]
-        cell = f"{row['covered']:.3f}" + (f" of {promised:g}" if promised > 0.95 else "")
-        rows.setdefault((row["design"], row["noise"]), {})[row["of"]] = cell + (f" ({given:.2f})" if given < 1 else "")
+        promised, given = row["promised"], row["given"]
+        cell = f"{row['covered']:.3f}" + (f" of {promised:.2f}" if promised >= _OPEN else "")
+        cell += f" ({given:.2f})" if given < 1 else ""
+        rows.setdefault((row["design"], row["noise"], row["sweeps"]), {})[row["of"]] = cell
     return format_table(
         [
-            {"design": design, "noise": f"{100 * noise:g}%", **{name: cells.get(name, "") for name in names}}
-            for (design, noise), cells in rows.items()
+            {
+                "design": design,
+                "noise": f"{100 * noise:g}%",
+                "sweeps": sweeps,
+                **{name: cells.get(name, "") for name in names},
+            }
+            for (design, noise, sweeps), cells in rows.items()
         ]
     )
 

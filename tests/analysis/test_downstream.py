@@ -53,6 +53,18 @@ def test_a_planted_sigmoid_is_recovered_to_1e_6(errors):
     assert curve.predict([2.0, 5.0]) == pytest.approx(sigmoid([2.0, 5.0]), rel=1e-6)
 
 
+@pytest.mark.parametrize("accuracy", [0.2, 0.25])
+def test_accuracies_that_say_nothing_give_a_curve_that_is_not_identified(accuracy):
+    """A model that never leaves chance, or lies below it: nothing can be profiled, and nothing breaks."""
+    curve = fit_downstream(planted(np.full(20, accuracy), n_quiz=1000.0), "quiz", chance=CHANCE, n_bootstrap=20)
+    assert curve.status is not Status.CERTIFIED
+    assert {p.status for p in curve.fit.parameters if p.name != "chance"} <= {
+        ParameterStatus.NOT_IDENTIFIED,
+        ParameterStatus.AT_BOUND,
+    }
+    assert all(p.profile is None for p in curve.fit.parameters)
+
+
 @pytest.mark.slow
 def test_a_planted_exponential_is_recovered_to_1e_6():
     data = planted(lambda loss: CHANCE + 9.2 * np.exp(-1.25 * loss), np.linspace(2.5, 6.0, 15))

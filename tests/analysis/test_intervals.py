@@ -70,6 +70,16 @@ def test_profile_ends_are_where_the_refitted_objective_has_risen_to_the_limit():
         assert 2 * refitted.cost == pytest.approx(limit, rel=2e-2 * (limit / least - 1))
 
 
+def test_a_profile_that_has_no_end_is_open_and_one_of_nothing_is_nothing():
+    problem = Problem.build(LINEAR, planted(), "log_mse")
+    theta = problem.theta(fit(LINEAR, planted(), loss="log_mse", n_bootstrap=0).values)
+    # so high a level asks for more than the 8 standard errors that are looked at
+    assert profile_intervals(problem, theta, level=1 - 1e-13)["E"][1] == np.inf
+    amplitudes = LINEAR.fix(E=1.8)
+    result = fit(amplitudes, planted(), n_bootstrap=0)
+    assert [p.profile for p in result.parameters] == [None] * 5
+
+
 def test_the_bootstrap_of_least_squares_scatters_as_theory_says():
     """One constant, the mean of log losses: its standard error is s / sqrt(n), and its quantiles are Student's."""
     law = laws.CHINCHILLA.apply(*(laws.Change("drop", name) for name in ("A", "B")))
