@@ -6,7 +6,7 @@ squares would be too narrow where runs are few, for two reasons: residuals are s
 clusters take their variance down by (n - p) / n; and the scatter is itself estimated, so that Student's t stands where the normal
 distribution does. Absolute deviations are another matter: of residuals beyond delta only the sign counts, which does not shrink,
 and refits scatter too much: by how much the fit moves depends on how many residuals lie near 0, where the answer itself has
-put some. In linear regressions with the designs of real sweeps exponential weights cover 97 to 98% there
+put some. In linear regressions with the designs of real sweeps exponential weights cover 98 to 99% there
 (`benchmarks/bootstrap_weights.py`). So the variance of the weights follows from the share of residuals within delta
 (`weight_variance`). Drawing runs with replacement would leave a third of them out of each resample, and with them whole levels of
 an axis, so that it had to be stratified; here each run keeps some weight.
@@ -39,7 +39,7 @@ _CANDIDATES = 60
 _LEAST_SPARE = 5
 """Student's t of fewer degrees of freedom would leave nearly all weight with one run."""
 _DEVIATIONS = 0.8
-"""Linear regressions need 0.65 to 0.8; with the upper end intervals are rather a little wide than narrow."""
+"""Linear regressions need 0.6 to 0.75. Laws are not linear, and offsets may be 0: what is beyond is for that."""
 _LEAST = 1e-9
 """Added to a variate, so that where shapes are small no draw weighs a single run alone."""
 
