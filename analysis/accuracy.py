@@ -17,7 +17,7 @@ from analysis.convention import N_TEXT
 from analysis.data import ResultsData, numeric_column, require_columns
 from analysis.derive import count_parameters
 from analysis.design import find_levels
-from analysis.intervals import interval
+from analysis.intervals import LEVEL, interval
 from analysis.outcomes import Outcomes, difference_error
 from analysis.tables import AVERAGE, PERCENT_DIGITS, Format, format_table, macro_average
 from dlcm.errors import UserError, nearest
@@ -26,7 +26,6 @@ Array = np.ndarray
 
 SAME_COST = 1.1
 """A dense run is matched to a run whose training FLOPs are within this factor of its own."""
-_LEVEL = 0.95
 _DRAWS = 2000
 _FACTS = ("run_id", "model", "tokens", "flops_train", "flops_per_token_forward", "bits_per_byte", "compression_target")
 _PARAMETERS = ("params_token", "params_concept", "params_embedding")
@@ -262,7 +261,7 @@ def _add_differences(table: pd.DataFrame, compared: PairedRows, seeds: Sequence[
     matched = match_baselines(table, seeds)
     if not matched:
         return
-    z = stats.norm.ppf(0.5 + _LEVEL / 2)
+    z = stats.norm.ppf(0.5 + LEVEL / 2)
     columns: dict[str, list[Any]] = {k: [None] * len(table) for k in ("baseline", "gain", "gain_low", "gain_high")}
     for row, dense in matched.items():
         gain, error = compared.difference(row, dense)
@@ -300,7 +299,7 @@ def _add_savings(table: pd.DataFrame, notes: list[str]) -> None:
         columns["saved"][row] = share if np.isfinite(share) and reached <= best[-1] else np.nan
         if np.isfinite(errors[[row, *order]]).all():
             shares = _saved(log_cost, drawn_best, spent, rng.normal(reached, errors[row], _DRAWS))
-            low, high = interval(shares, level=_LEVEL, between=False)
+            low, high = interval(shares, between=False)
             columns["saved_low"][row], columns["saved_high"][row] = (
                 100 * v if np.isfinite(v) and abs(v) < 1 else np.nan for v in (low, high)
             )
@@ -352,7 +351,7 @@ def _significant(table: pd.DataFrame, group: Array, compared: PairedRows) -> lis
             if len(values) < 2:
                 continue
             best = int(values.idxmax())
-            z = stats.norm.ppf(1 - (1 - _LEVEL) / 2 / (len(values) - 1))
+            z = stats.norm.ppf(1 - (1 - LEVEL) / 2 / (len(values) - 1))
             apart = [compared.difference(best, int(other), tasks) for other in values.index if other != best]
             if all(error is not None and gain > z * error for gain, error in apart):
                 found.append((best, column))

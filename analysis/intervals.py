@@ -7,7 +7,7 @@ LEVEL = 0.95
 
 
 def interval(
-    draws: Array, *, axis: int = 0, level: float = LEVEL, ignore_nan: bool = False, between: bool = True
+    draws: Array, *, level: float = LEVEL, ignore_nan: bool = False, between: bool = True
 ) -> tuple[Array, Array]:
     """The middle of the draws: ends at the ranks (1 -+ level) / 2 x (n + 1) of n draws.
 
@@ -15,8 +15,7 @@ def interval(
     Hyndman and Fan 1996). numpy's own rule, the 7th, makes 95% intervals of 200 draws that hold 94%.
 
     Args:
-        draws: one draw an entry of `axis`.
-        axis: of the draws.
+        draws: one draw an entry of the first axis.
         level: share of further draws that the interval is to hold.
         ignore_nan: leave out draws that are not a number.
         between: ends may lie between two draws; not where draws may be infinite.
@@ -26,7 +25,7 @@ def interval(
     """
     percents = 50 * (1 - level), 50 * (1 + level)
     percentile = np.nanpercentile if ignore_nan else np.percentile
-    low, high = percentile(draws, percents, axis=axis, method="weibull" if between else "nearest")
+    low, high = percentile(draws, percents, axis=0, method="weibull" if between else "nearest")
     return low, high
 
 
