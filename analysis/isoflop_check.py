@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from analysis.bootstrap import bootstrap, weight_variance, weights_of
+from analysis.bootstrap import bootstrap, weight_variance, weights_of, without_offsets
 from analysis.budget_groups import Curve, place_of, value_at
 from analysis.data import ResultsData
 from analysis.growth import weighted_slope
@@ -149,7 +149,8 @@ def check_against(found: IsoFlop, data: ResultsData, result: FitResult) -> IsoFl
     names, of_row = np.unique(np.asarray(rows.clusters, dtype=str), return_inverse=True)
     draws = np.random.default_rng(found.seed).normal(size=(found.n_bootstrap, len(names)))
     theta = problem.theta(result.values)
-    weights = weights_of(special.ndtr(draws), weight_variance(problem, theta, len(names)))[:, of_row]
+    at_zero = without_offsets(problem, theta) is not None
+    weights = weights_of(special.ndtr(draws), weight_variance(problem, theta, len(names), at_zero=at_zero))[:, of_row]
     thetas = bootstrap(
         problem, theta, rows.clusters, n=len(draws), rng=np.random.default_rng([found.seed, 1]), weights=weights
     )

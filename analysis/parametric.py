@@ -35,8 +35,8 @@ def simulate_refits(
 ) -> Array:
     """Refit to `n` sets of simulated observations.
 
-    A ceiling that the runs do not tell from its bound is treated as an offset is that may be 0 (`analysis.bootstrap`): half of
-    the refits hold it there, and their observations are made up with it there.
+    A ceiling that the runs do not tell from its bound is treated much as an offset is that may be 0 (`analysis.bootstrap`): half
+    of the refits hold it there, and their observations are made up with it there.
 
     Args:
         problem: the fitted problem, with errors of equal width in its units (`mse`).

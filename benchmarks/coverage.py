@@ -9,7 +9,8 @@ Beside it stands what the interval promises: the share of its own refits that it
 an end, on a bound or on the edge of what was searched: there the interval is open to that side, and holds 97.5% or, with both
 ends, all.
 
-The seeds are none on which anything was chosen: the weights of the bootstrap were, on simulated sweeps with lower ones.
+The seeds are none on which anything was chosen: the weights of the bootstrap were, on simulated sweeps with lower ones. A row says
+which it had, and of which commit it is.
 
 Designs: the paper's 27 cells (3 sizes x 3 ratios x 3 shares, one number of tokens), 27 cells whose tokens vary with them (an
 orthogonal array, so that the data term can be told), and larger grids; for the dense law 27 and 80 cells.
@@ -31,6 +32,7 @@ from analysis.cost import Shapes
 from analysis.ensemble import n_processors
 from analysis.search import Search
 from benchmarks.common import RESULTS, environment, format_table, write_result
+from dlcm.provenance import source_commit
 from dlcm.record import read_json
 
 Array = np.ndarray
@@ -49,7 +51,7 @@ QUIET = 0.0003
 REFITS = 400
 _MARGIN, _CHANCE = 0.03, 0.02
 _SHOWN = 0.5
-_FIRST_SEED = 200_000
+_FIRST_SEED = 300_000
 # Sweeps in which a number is given: fewer say nothing of how often it is right.
 _ENOUGH = 20
 # The search ends to 1e-4 of its range: nearer than that two numbers are one.
@@ -199,6 +201,8 @@ def measure(case: Case, noise: float, n: int, pool: ProcessPoolExecutor) -> list
                 "covered where given": float(np.mean([hit for hit, _ in shown])) if len(shown) >= _ENOUGH else None,
                 "promised where given": float(np.mean([p for _, p in shown])) if len(shown) >= _ENOUGH else None,
                 "median width": float(np.median([high - low for low, high, *_ in drawn])),
+                "first seed": _FIRST_SEED,
+                "commit": source_commit()[0],
             }
         )
     print(format_table(rows), flush=True)
