@@ -17,7 +17,7 @@ law put it above 0 more often than not, which shifts the exponent that trades of
 either is worst in between, where the test decides by chance. So where the runs do not reject that offsets are 0, a third of the
 refits hold them there and the others do not: the interval holds most of what either law says. Half of each would cut the interval
 of the whole law at its 95% quantile where the other's lies to one side of it, and miss a real offset's exponent too often. Refits
-of either kind scatter less there than fits to new runs do, as far as they are of least squares, which `_AT_ZERO` makes up for. The
+of either kind scatter less there than fits to new runs do, as far as they are of least squares; `_AT_ZERO` makes up for that. The
 measured coverage of all of this is in docs/fitting.md (`benchmarks/coverage.py`).
 """
 
@@ -45,7 +45,7 @@ _DEVIATIONS = 0.8
 _EVERY = 3
 """Of so many refits one holds the offsets that may be 0 there."""
 _AT_ZERO = 1.15
-"""In simulated sweeps of 192 runs refits needed 1.1 to 1.2 at 0.03% to 0.3% of noise for intervals of 95%, at 1% they needed none."""
+"""In simulated sweeps of 192 runs refits needed 1.1 to 1.2 for intervals of 95% at 0.03% to 0.3% of noise, none at 1%."""
 _LEAST = 1e-9
 """Added to a variate, so that where shapes are small no draw weighs a single run alone."""
 

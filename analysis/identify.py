@@ -101,9 +101,10 @@ def bound_hits(problem: Problem, theta: Array) -> dict[str, str]:
 def flat_profiles(problem: Problem, theta: Array) -> dict[str, str]:
     """Constants that can be halved or doubled, the others refitted, without a loss of fit that the F test would notice.
 
-    Taken on squared relative errors, where the test holds: accepted while RSS <= RSS_min (1 + F_.95(1, n - p) / (n - p)).
+    Taken on squares, where the test holds: accepted while RSS <= RSS_min (1 + F_.95(1, n - p) / (n - p)). The squares are those of
+    relative errors, or of errors where the fit is of these.
     """
-    squares = problem.with_loss("log_mse")
+    squares = problem if problem.loss == "mse" else problem.with_loss("log_mse")
     spare = len(problem) - len(theta)
     if spare < 1:
         return {}

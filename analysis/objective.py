@@ -20,6 +20,8 @@ from dlcm.errors import UserError
 Array = np.ndarray
 LossKind = Literal["log_huber", "log_mse", "mse"]
 LOSSES: tuple[LossKind, ...] = ("log_huber", "log_mse", "mse")
+_LEAST = 1e-12
+"""A law of accuracies may predict 0; its logarithm is that of this, over the target's scale."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,7 +107,9 @@ class Problem:
     def residuals(self, theta: Array) -> Array:
         """log(prediction / observation), or the difference over the target's scale under `mse`; (n,)."""
         prediction = self.evaluate(theta, gradient=False)[0]
-        return np.log(prediction / self.target) if self.loss != "mse" else prediction - self.target
+        if self.loss == "mse":
+            return prediction - self.target
+        return np.log(np.maximum(prediction, _LEAST) / self.target)
 
     def residuals_and_jacobian(self, theta: Array) -> tuple[Array, Array]:
         """Residuals (n,) and their derivatives by theta (n, p), analytic."""
@@ -115,6 +119,7 @@ class Problem:
             jacobian[:, column] = partial
         if self.loss == "mse":
             return np.broadcast_to(prediction, self.target.shape) - self.target, jacobian
+        prediction = np.maximum(prediction, _LEAST)
         return np.log(prediction / self.target), jacobian / (prediction[:, None] if prediction.ndim else prediction)
 
     def penalties(self, residuals: Array) -> Array:

@@ -9,8 +9,8 @@ Beside it stands what the interval promises: the share of its own refits that it
 an end, on a bound or on the edge of what was searched: there the interval is open to that side, and holds 97.5% or, with both
 ends, all.
 
-The seeds are none on which anything was chosen: the weights of the bootstrap were, on simulated sweeps with lower ones. A row says
-which it had, and of which commit it is.
+The seeds are none on which anything was chosen: the weights of the bootstrap were, on simulated sweeps with lower ones. A row
+says which it had, and of which commit it is.
 
 Designs: the paper's 27 cells (3 sizes x 3 ratios x 3 shares, one number of tokens), 27 cells whose tokens vary with them (an
 orthogonal array, so that the data term can be told), and larger grids; for the dense law 27 and 80 cells.

@@ -53,6 +53,37 @@ def test_a_planted_sigmoid_is_recovered_to_1e_6(errors):
     assert curve.predict([2.0, 5.0]) == pytest.approx(sigmoid([2.0, 5.0]), rel=1e-6)
 
 
+def test_a_curve_so_steep_that_it_predicts_nothing_right_has_finite_logarithms():
+    law = accuracy_law("sigmoid", 0.0, "equal", (2.2, 4.2))
+    data = planted(sigmoid(np.linspace(2.2, 4.2, 20), chance=0.0))
+    data.frame["score"] = data.frame["acc_quiz"]
+    problem = Problem.build(law, data, "log_mse")
+    steep = problem.theta({"midpoint": 2.3, "slope": 100.0, "ceiling": 0.9})
+    assert problem.evaluate(steep, gradient=False)[0].min() == 0
+    with np.errstate(all="raise"):
+        residuals, jacobian = problem.residuals_and_jacobian(steep)
+        assert problem.residuals(steep) == pytest.approx(residuals)
+    assert np.isfinite(residuals).all() and np.isfinite(jacobian).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("link", ["sigmoid", "exponential"])
+def test_a_task_that_cannot_be_guessed_is_fitted_as_by_another_optimiser_and_without_a_warning(link, recwarn):
+    """Chance is 0, and models far off get nothing right."""
+    rng = np.random.default_rng(1)
+    loss = np.linspace(2.4, 9.0, 30)
+    right = rng.binomial(2000, np.minimum(sigmoid(loss, midpoint=2.9, slope=4.0, chance=0.0), 1)) / 2000
+    curve = fit_downstream(planted(right, loss, n_quiz=2000.0), "quiz", chance=0.0, link=link, n_bootstrap=20)
+    assert not [str(w.message) for w in recwarn if issubclass(w.category, RuntimeWarning)]
+    if link == "sigmoid":
+
+        def scored(x, midpoint, slope, ceiling):
+            return score(sigmoid(x, midpoint, slope, ceiling, 0.0), 1.0)
+
+        theirs = optimize.curve_fit(scored, loss, score(np.maximum(right, 1 / 8000), 1.0), p0=(3, 3, 0.8))[0]
+        assert list(curve.fit.values.values()) == pytest.approx(theirs, rel=1e-4)
+
+
 @pytest.mark.parametrize("accuracy", [0.2, 0.25])
 def test_accuracies_that_say_nothing_give_a_curve_that_is_not_identified(accuracy):
     """A model that never leaves chance, or lies below it: nothing can be profiled, and nothing breaks."""
