@@ -19,6 +19,7 @@ class Accuracy:
         loss: its prediction. loss_interval: 95%, None without refits of the law.
         accuracy: at that loss. interval: 95%, with the uncertainty of both stages; None where one has no refits.
         other: the other form of the curve, and the accuracy by it.
+        either: from the lowest to the highest end of the 95% intervals by the two forms.
         beyond: how far the loss lies outside the losses behind the curve, 0 inside, negative below them. span: those losses.
         decades_outside: how far the inputs lie outside the data of the law, by name.
         reason: why the accuracy is not identified; empty where it is.
@@ -35,6 +36,7 @@ class Accuracy:
     accuracy: float
     interval: tuple[float, float] | None
     other: tuple[str, float]
+    either: tuple[float, float] | None
     beyond: float
     span: tuple[float, float]
     decades_outside: Mapping[str, float]
@@ -63,6 +65,7 @@ class Accuracy:
             "where": self.where,
             "accuracy": self.value,
             "interval": None if self.reason or self.interval is None else list(self.interval),
+            "interval_of_either_link": None if self.reason or self.either is None else list(self.either),
             "by_link": {self.other[0]: None if self.reason else self.other[1]},
             "predictor": self.unit,
             "predicted": self.loss,

@@ -32,7 +32,7 @@ from dlcm.errors import UserError, nearest
 from dlcm.record import read_json, write_json
 
 Array = np.ndarray
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 LEAST_RUNS = 3
 _ITEMS = 1000
 """Items of a task of unknown size, to tell an accuracy of 0 from one that is small."""
@@ -92,16 +92,16 @@ def fit_downstream(
     seen_by_fit = hashlib.sha256(rows.hash.encode() + np.ascontiguousarray(accuracy, dtype="<f8").tobytes())
     result = dataclasses.replace(result, findings=findings, data_hash=seen_by_fit.hexdigest()[:12])
     other = accuracy_law("exponential" if link == "sigmoid" else "sigmoid", floor, errors, law.span)
-    by_other = fit(other, scored, loss="mse", seed=seed, n_bootstrap=0)
+    by_other = fit(other, scored, loss="mse", seed=seed, n_bootstrap=n_bootstrap, resample=simulate_refits)
     errs, spare = accuracy - law.accuracy(result.values, rows.loss), len(rows) - result.n_free
     residuals = target - law.predict(result.values, loss=rows.loss, weight=weight)
     told = n_items is not None and errors == "binomial" and spare > 0
     curve = DownstreamFit(
-        task=task, source=source, fit=result, n_items=n_items, seen=(float(accuracy.min()), float(accuracy.max())),
-        rms=float(np.sqrt(np.mean(errs**2))), trend=checks.trend(result, target, weight),
+        task=task, source=source, fit=result, other=by_other, n_items=n_items,
+        seen=(float(accuracy.min()), float(accuracy.max())), rms=float(np.sqrt(np.mean(errs**2))),
+        trend=checks.trend(result, target, weight),
         notes=(*checks.pattern(rows.loss, residuals, link), *checks.families(rows, errs)),
         scatter=4 * float(items.mean()) * result.objective / spare if told else None,
-        other_link=other.link, other_values=by_other.values,
     )  # fmt: skip
     return curve if curve.moves else curve.without_constants()
 
@@ -122,25 +122,24 @@ class DownstreamFit:
 
     Attributes:
         fit: of an `AccuracyLaw`, in its own units (`score`); certified as any other fit is.
+        other: the other form, fitted to the same runs.
         n_items: items of the task, the median over the runs; None where not known.
         scatter: residual variance over that of independent items; None where their number is not known.
         trend: significance of the test that the accuracy moves with the loss at all (F test against one accuracy for all runs).
         seen: lowest and highest accuracy of the runs.
         rms: root mean square of accuracies off the curve.
         notes: what else was found, in sentences.
-        other_link: the other form, fitted to the same runs. other_values: its constants.
     """
 
     task: str
     source: Source
     fit: FitResult
+    other: FitResult
     n_items: float | None
     scatter: float | None
     trend: float
     seen: tuple[float, float]
     rms: float
-    other_link: Link
-    other_values: Mapping[str, float]
     notes: tuple[str, ...] = ()
 
     @property
@@ -148,6 +147,12 @@ class DownstreamFit:
         """The curve."""
         assert isinstance(self.fit.law, AccuracyLaw)
         return self.fit.law
+
+    @property
+    def other_law(self) -> AccuracyLaw:
+        """The curve of the other form."""
+        assert isinstance(self.other.law, AccuracyLaw)
+        return self.other.law
 
     @property
     def chance(self) -> float:
@@ -174,24 +179,32 @@ class DownstreamFit:
         return self.law.accuracy(self.fit.values, loss)
 
     def predict_other(self, loss: Any) -> Array:
-        """Accuracy at a loss by the other link: what the choice of form moves, which no interval holds."""
-        law = self.law
-        return accuracy_law(self.other_link, law.chance, law.errors, law.span).accuracy(self.other_values, loss)
-
-    def replicates(self, loss: Any) -> Array:
-        """Accuracy at each loss under each refit of the curve, (refits, losses)."""
-        columns = {p.name: self.fit.replicates[:, i, None] for i, p in enumerate(self.fit.parameters)}
-        return self.law.accuracy(columns, np.atleast_1d(np.asarray(loss, dtype=float)))
+        """Accuracy at a loss by the other form: what the choice of form moves, which an interval of one form does not hold."""
+        return self.other_law.accuracy(self.other.values, loss)
 
     def predict_interval(self, loss: Any) -> tuple[Array, Array]:
-        """95% interval of the accuracy to be expected at a loss.
+        """95% interval of the accuracy to be expected at a loss, where the form of the curve is the right one.
 
         Raises:
             UserError: the curve was fitted without a bootstrap.
         """
-        if not len(self.fit.replicates):
+        return self._interval(self.law, self.fit, loss)
+
+    def predict_either(self, loss: Any) -> tuple[Array, Array]:
+        """From the lowest to the highest end of the 95% intervals by the two forms.
+
+        Raises:
+            UserError: the curve was fitted without a bootstrap.
+        """
+        own, other = self.predict_interval(loss), self._interval(self.other_law, self.other, loss)
+        return np.minimum(own[0], other[0]), np.maximum(own[1], other[1])
+
+    @staticmethod
+    def _interval(law: AccuracyLaw, result: FitResult, loss: Any) -> tuple[Array, Array]:
+        if not len(result.replicates):
             raise UserError("this curve has no bootstrap; fit again with n_bootstrap > 0 for intervals")
-        low, high = interval(self.replicates(loss))
+        columns = {p.name: result.replicates[:, i, None] for i, p in enumerate(result.parameters)}
+        low, high = interval(law.accuracy(columns, np.atleast_1d(np.asarray(loss, dtype=float))))
         return low.reshape(np.shape(loss)), high.reshape(np.shape(loss))
 
     def at(self, fitted: FitResult, **inputs: float) -> Accuracy:
@@ -243,13 +256,9 @@ class DownstreamFit:
         outside: Mapping[str, float],
         notes: tuple[str, ...],
     ) -> Accuracy:
-        rng = np.random.default_rng(self.fit.seed)
-        n = max(len(draws), len(self.fit.replicates)) if len(draws) and len(self.fit.replicates) else 0
-        paired = np.empty(0)
-        if n:
-            losses = np.resize(rng.permutation(draws), n)
-            columns = {p.name: np.resize(self.fit.replicates[:, i], n) for i, p in enumerate(self.fit.parameters)}
-            paired = self.law.accuracy(columns, losses)
+        paired = self._paired(self.law, self.fit, draws)
+        by_other = self._paired(self.other_law, self.other, draws)
+        own, other = (ends(found) if len(found) else None for found in (paired, by_other))
         return Accuracy(
             task=self.task,
             where=place[0],
@@ -258,14 +267,25 @@ class DownstreamFit:
             loss=loss,
             loss_interval=ends(draws) if len(draws) else None,
             accuracy=float(self.predict(loss)),
-            interval=ends(paired) if len(paired) else None,
-            other=(self.other_link, float(self.predict_other(loss))),
+            interval=own,
+            other=(self.other_law.link, float(self.predict_other(loss))),
+            either=(min(own[0], other[0]), max(own[1], other[1])) if own and other else None,
             beyond=beyond(loss, self.law.span),
             span=self.law.span,
             decades_outside=dict(outside),
             reason="" if self.moves else self.no_trend,
             notes=notes if self.fit.sound else (*notes, f"the curve is {self.status}"),
             replicates=paired,
+        )
+
+    def _paired(self, law: AccuracyLaw, result: FitResult, losses: Array) -> Array:
+        """Accuracies of the refits of a curve at the losses of the refits of a law, paired at random."""
+        if not len(losses) or not len(result.replicates):
+            return np.empty(0)
+        n = max(len(losses), len(result.replicates))
+        at = np.resize(np.random.default_rng(self.fit.seed).permutation(losses), n)
+        return law.accuracy(
+            {p.name: np.resize(result.replicates[:, i], n) for i, p in enumerate(result.parameters)}, at
         )
 
     def without_constants(self) -> "DownstreamFit":
@@ -299,10 +319,11 @@ class DownstreamFit:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "fit"}
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("fit", "other")}
         facts = {"chance": self.chance, "link": self.law.link, "status": str(self.status), "moves": self.moves}
-        lists = {"seen": list(self.seen), "notes": list(self.notes), "other_values": dict(self.other_values)}
-        return {"schema": SCHEMA_VERSION, **own, **lists, **facts, "fit": self.fit.to_dict()}
+        lists = {"seen": list(self.seen), "notes": list(self.notes)}
+        fits = {"fit": self.fit.to_dict(), "other": self.other.to_dict()}
+        return {"schema": SCHEMA_VERSION, **own, **lists, **facts, **fits}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "curve") -> "DownstreamFit":
@@ -317,6 +338,7 @@ class DownstreamFit:
             own: dict[str, Any] = {f.name: data[f.name] for f in dataclasses.fields(cls)}
             own |= {
                 "fit": FitResult.from_dict(data["fit"], where),
+                "other": FitResult.from_dict(data["other"], where),
                 "seen": tuple(data["seen"]),
                 "notes": tuple(data["notes"]),
             }

@@ -46,7 +46,8 @@ def format_accuracy(found: "Accuracy") -> str:
     if found.reason:
         return f"Accuracy on {found.task} at {found.where}: not identified: {found.reason}; {predicted}"
     ends = "95% {:.4f} to {:.4f}; ".format(*found.interval) if found.interval else ""
-    text = f"{found.accuracy:.4f} ({ends}{found.other[1]:.4f} by the {found.other[0]} link)"
+    either = "; by either 95% {:.4f} to {:.4f}".format(*found.either) if found.either else ""
+    text = f"{found.accuracy:.4f} ({ends}{found.other[1]:.4f} by the {found.other[0]} link{either})"
     beyond = ""
     if found.beyond:
         side = "below the lowest" if found.beyond < 0 else "above the highest"

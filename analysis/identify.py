@@ -101,8 +101,8 @@ def bound_hits(problem: Problem, theta: Array) -> dict[str, str]:
 def flat_profiles(problem: Problem, theta: Array) -> dict[str, str]:
     """Constants that can be halved or doubled, the others refitted, without a loss of fit that the F test would notice.
 
-    Taken on squares, where the test holds: accepted while RSS <= RSS_min (1 + F_.95(1, n - p) / (n - p)). The squares are those of
-    relative errors, or of errors where the fit is of these.
+    Taken on squares, where the test holds: accepted while RSS <= RSS_min (1 + F_.95(1, n - p) / (n - p)). Errors are relative
+    ones, but where the fit itself is of errors as they are.
     """
     squares = problem if problem.loss == "mse" else problem.with_loss("log_mse")
     spare = len(problem) - len(theta)

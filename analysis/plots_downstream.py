@@ -32,7 +32,7 @@ def plot_downstream(ax: Axes, data: ResultsData, curve: "DownstreamFit", predict
         ax: where to draw.
         data: the runs, as `task_data` returns them for the curve's source.
         curve: fitted to them.
-        predicted: accuracies by the chain, drawn with both their intervals.
+        predicted: accuracies by the chain, drawn with both their intervals; the thin bar is that of either form.
 
     Raises:
         UserError: the runs hold no accuracy on the task, or are of another loss.
@@ -51,6 +51,15 @@ def plot_downstream(ax: Axes, data: ResultsData, curve: "DownstreamFit", predict
     y = 100 * curve.predict(x)
     ax.plot(x, y, color=GREEN, linewidth=0.9, alpha=0.4, zorder=2)
     ax.plot(x[inside], y[inside], color=GREEN, linewidth=1.3, zorder=2, label=curve.law.link)
+    ax.plot(
+        x,
+        100 * curve.predict_other(x),
+        color=GREEN,
+        linewidth=0.9,
+        linestyle="--",
+        zorder=2,
+        label=curve.other_law.link,
+    )
     if len(curve.fit.replicates):
         below, above = curve.predict_interval(x)
         ax.fill_between(x, 100 * below, 100 * above, color=GREEN, alpha=0.18, linewidth=0, zorder=1)
@@ -69,14 +78,19 @@ def _draw_predicted(ax: Axes, found: "Accuracy", marker: str, color: str) -> Non
         return
     errors: dict[str, Any] = {}
     if found.interval is not None:
-        errors["yerr"] = [
-            [100 * max(found.accuracy - found.interval[0], 0)],
-            [100 * max(found.interval[1] - found.accuracy, 0)],
-        ]
+        errors["yerr"] = _bars(found.accuracy, found.interval)
+    if found.either is not None:
+        thin: dict[str, Any] = {"color": color, "linestyle": "none", "elinewidth": 0.5}
+        ax.errorbar(found.loss, 100 * found.accuracy, yerr=_bars(found.accuracy, found.either), zorder=3, **thin)
     if found.loss_interval is not None:
         errors["xerr"] = [[max(found.loss - found.loss_interval[0], 0)], [max(found.loss_interval[1] - found.loss, 0)]]
     style: dict[str, Any] = {"marker": marker, "color": color, "markersize": 5, "linestyle": "none", "elinewidth": 1.0}
     ax.errorbar(found.loss, 100 * found.accuracy, capsize=1.5, label=found.short, zorder=4, **errors, **style)
+
+
+def _bars(value: float, ends: tuple[float, float]) -> list[list[float]]:
+    """Lengths in percent of a bar from a value down and up to the ends of an interval."""
+    return [[100 * max(value - ends[0], 0)], [100 * max(ends[1] - value, 0)]]
 
 
 def _reach(values: Sequence[float]) -> tuple[float, float]:

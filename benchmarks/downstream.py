@@ -5,7 +5,8 @@ On the public models of Gadre et al. (2024, arXiv 2403.08540), a CSV with `train
 largest at its measured loss. No law of the loss takes part: what is off is the curve's.
 
 Recorded are the mean of the errors and of their sizes, in points of accuracy, how often the 95% interval holds the accuracy, and
-how often a note warned where it does not. Tasks whose accuracy does not move with the loss get no curve, and are counted.
+how often a note warned where it does not; *both* is the interval from the lowest to the highest end of the two. Tasks whose
+accuracy does not move with the loss get no curve, and are counted.
 """
 
 import argparse
@@ -81,6 +82,18 @@ def summary(found: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
     }
 
 
+def together(first: Sequence[dict[str, Any] | None], second: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
+    """The row of the intervals from the lowest to the highest end of both forms, where both gave one."""
+    pairs = [(f, s) for f, s in zip(first, second) if f is not None and s is not None]
+    held = [min(f["low"], s["low"]) <= f["measured"] <= max(f["high"], s["high"]) for f, s in pairs]
+    return {
+        "link": "both",
+        "predictions": len(pairs),
+        "no curve": len(first) - len(pairs),
+        "held by the 95% interval": sum(held),
+    }
+
+
 def main() -> None:
     """Fit, predict and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,16 +101,19 @@ def main() -> None:
     args = parser.parse_args()
     frame = pd.read_csv(args.data)
     rows, predictions = [], []
+    parts = [(name, part, task) for name, part in frame.groupby("training_set") for task in TASKS]
     for limit in LIMITS:
-        for link in LINKS:
-            found = [
-                (name, predict(part, task, limit, link))
-                for name, part in frame.groupby("training_set")
-                for task in TASKS
-            ]
-            rows.append({"link": link, "models below": f"{limit / 1e9:g}B", **summary([f for _, f in found])})
-            predictions += [{"training_set": name, "link": link, "limit": limit, **f} for name, f in found if f]
-            print(format_table(rows[-1:]), flush=True)
+        size = {"models below": f"{limit / 1e9:g}B"}
+        found = {link: [predict(part, task, limit, link) for _, part, task in parts] for link in LINKS}
+        rows += [{**size, "link": link, **summary(of_link)} for link, of_link in found.items()]
+        rows.append({**size, **together(*found.values())})
+        predictions += [
+            {"training_set": name, "link": link, "limit": limit, **f}
+            for link, of_link in found.items()
+            for (name, *_), f in zip(parts, of_link)
+            if f is not None
+        ]
+    print(format_table(rows))
     about = {"environment": environment("cpu"), "models": len(frame), "refits": REFITS}
     print(f"-> {write_result('downstream', {**about, 'rows': rows, 'predictions': predictions})}")
 

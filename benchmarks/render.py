@@ -255,13 +255,14 @@ _OPEN = 0.965
 
 def coverage_table(payload: Payload) -> str:
     """A row a design and noise, a column a quantity: share covered, what was promised, share given where not all are."""
-    rows: dict[tuple[str, float, int], dict[str, str]] = {}
+    rows: dict[tuple[str, float, int, int, str], dict[str, str]] = {}
     names = list(dict.fromkeys(row["of"] for row in payload["rows"]))
     for row in payload["rows"]:
         promised, given = row["promised"], row["given"]
         cell = f"{row['covered']:.3f}" + (f" of {promised:.2f}" if promised >= _OPEN else "")
         cell += f" ({given:.2f})" if given < 1 else ""
-        rows.setdefault((row["design"], row["noise"], row["sweeps"]), {})[row["of"]] = cell
+        key = (row["design"], row["noise"], row["sweeps"], row["first seed"], row["commit"][:7])
+        rows.setdefault(key, {})[row["of"]] = cell
     return format_table(
         [
             {
@@ -269,8 +270,10 @@ def coverage_table(payload: Payload) -> str:
                 "noise": f"{100 * noise:g}%",
                 "sweeps": sweeps,
                 **{name: cells.get(name, "") for name in names},
+                "seeds from": f"{seed:,}",
+                "commit": commit,
             }
-            for (design, noise, sweeps), cells in rows.items()
+            for (design, noise, sweeps, seed, commit), cells in rows.items()
         ]
     )
 

@@ -63,7 +63,8 @@ def test_a_curve_so_steep_that_it_predicts_nothing_right_has_finite_logarithms()
     with np.errstate(all="raise"):
         residuals, jacobian = problem.residuals_and_jacobian(steep)
         assert problem.residuals(steep) == pytest.approx(residuals)
-    assert np.isfinite(residuals).all() and np.isfinite(jacobian).all()
+    assert np.isfinite(residuals).all()
+    assert np.isfinite(jacobian).all()
 
 
 @pytest.mark.slow
@@ -228,9 +229,10 @@ def test_a_curve_survives_json(tmp_path):
     again = DownstreamFit.load(tmp_path / "curve.json")
     assert again.report() == curve.report()
     np.testing.assert_array_equal(again.predict_interval([2.5, 3.0]), curve.predict_interval([2.5, 3.0]))
+    np.testing.assert_array_equal(again.predict_either([2.5, 3.0]), curve.predict_either([2.5, 3.0]))
     assert fit_downstream(noisy(items=999), "quiz", chance=CHANCE, n_bootstrap=0).fit.data_hash != curve.fit.data_hash
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(UserError, match="no accuracy curve of schema 1"):
+    with pytest.raises(UserError, match="no accuracy curve of schema 2"):
         DownstreamFit.load(tmp_path / "other.json")
 
 
@@ -255,9 +257,12 @@ def test_a_form_that_does_not_hold_is_told_by_neighbours_that_err_alike_and_by_t
     assert "runs of like loss err alike" in wrong.report()
     right = fit_downstream(data, "quiz", chance=CHANCE, link="exponential", n_bootstrap=60)
     assert right.notes == ()
-    # beyond the data the interval of the wrong form misses, and the other form, which stands beside it, does not
+    # beyond the data the interval of the wrong form misses, and that of either, which stands beside it, does not
     beyond = CHANCE + 9.2 * np.exp(-1.25 * 2.1)
     assert wrong.predict_interval(2.1)[1] < beyond
+    low, high = wrong.predict_either(2.1)
+    assert (low, high) == (wrong.predict_interval(2.1)[0], right.predict_interval(2.1)[1])
+    assert low < beyond < high
     assert float(wrong.predict_other(2.1)) == pytest.approx(beyond, abs=0.02)
     assert float(wrong.predict_other(2.1)) == pytest.approx(float(right.predict(2.1)), rel=1e-6)
 
@@ -417,9 +422,13 @@ def test_a_prediction_says_how_far_it_lies_from_both_data():
     unsound = dataclasses.replace(law, status=Status.BOUND_HIT)
     assert curve.at(unsound, N=1e8, D=2e9).report().endswith("inside the data\n  - the law is bound_hit")
     far = curve.at(law, N=1e11, D=2e12)
+    other = fit_downstream(data, "quiz", chance=CHANCE, link="exponential", n_bootstrap=30).at(law, N=1e11, D=2e12)
+    assert far.either == (min(far.interval[0], other.interval[0]), max(far.interval[1], other.interval[1]))
+    assert f"by the exponential link; by either 95% {far.either[0]:.4f} to {far.either[1]:.4f})" in far.report()
     assert far.beyond == pytest.approx(far.loss - data.loss.min())
     assert "below the lowest behind the curve, outside the data: N by 2 decades, D by 2 decades" in far.report()
-    assert json.loads(json.dumps(far.to_dict(), allow_nan=False))["interval"] == list(far.interval)
+    written = json.loads(json.dumps(far.to_dict(), allow_nan=False))
+    assert (written["interval"], written["interval_of_either_link"]) == (list(far.interval), list(far.either))
 
 
 # -- what the data do not give, and bad input -------------------------------------------------------------------------
