@@ -260,7 +260,7 @@ def coverage_table(payload: Payload) -> str:
     for row in payload["rows"]:
         promised, given = row["promised"], row["given"]
         cell = f"{row['covered']:.3f}" + (f" of {promised:.2f}" if promised >= _OPEN else "")
-        cell += f" ({given:.2f})" if given < 1 else ""
+        cell += f" ({given:.2f})" if given < 0.995 else ""
         key = (row["design"], row["noise"], row["sweeps"], row["first seed"], row["commit"][:7])
         rows.setdefault(key, {})[row["of"]] = cell
     return format_table(
