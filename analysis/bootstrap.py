@@ -45,7 +45,7 @@ _DEVIATIONS = 0.8
 _EVERY = 3
 """Of so many refits one holds the offsets that may be 0 there."""
 _AT_ZERO = 1.24
-"""What sweeps of 192 simulated runs needed in place of 1.08 at 0.03% to 0.3% of noise. Of few runs least squares have more anyhow."""
+"""What sweeps of 192 simulated runs needed in place of 1.08 at 0.03% to 0.3% of noise. Few runs have more than that anyhow."""
 _LEAST = 1e-9
 """Added to a variate, so that where shapes are small no draw weighs a single run alone."""
 

@@ -51,7 +51,7 @@ QUIET = 0.0003
 REFITS = 400
 _MARGIN, _CHANCE = 0.03, 0.02
 _SHOWN = 0.5
-_FIRST_SEED = 300_000
+_FIRST_SEED = 400_000
 # Sweeps in which a number is given: fewer say nothing of how often it is right.
 _ENOUGH = 20
 # The search ends to 1e-4 of its range: nearer than that two numbers are one.
