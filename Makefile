@@ -20,7 +20,7 @@ TESTS := $(shell find tests benchmarks notebooks docs -type f -not -path '*/__py
 export OMP_NUM_THREADS ?= 1
 # Tests start hundreds of interpreters, which read byte code faster than they make it.
 unexport PYTHONDONTWRITEBYTECODE
-# Where all tests run, one worker more: those of clusters and sweeps wait for much of their time.
+# Of tests one worker more: many wait for much of their time, for processes and clusters.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: setup demo test check lint style types fast gpu docs clean clean-demo
@@ -73,7 +73,7 @@ types: $(STAMPS)/setup
 
 fast: $(STAMPS)/setup
 	@echo "== fast tests"
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow and not cluster'
+	@$(BIN)/python -m pytest -n $$(( $(WORKERS) + 1 )) --dist worksteal -m 'not slow and not cluster'
 
 gpu: $(STAMPS)/setup
 	@echo "== tests on a GPU"
