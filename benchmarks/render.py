@@ -248,7 +248,6 @@ GAINS = (
 AGAINST_PAPER = "FlexAttention's time over that of replication, at R = 4, here and in the paper's table 6:"
 
 
-# By the start of a result's name; rows as they are for all others.
 _OPEN = 0.965
 """Promised coverage from which intervals are open to a side often enough to say so."""
 
@@ -278,6 +277,7 @@ def coverage_table(payload: Payload) -> str:
     )
 
 
+# By the start of a result's name; rows as they are for all others.
 TABLES: dict[str, Callable[[Payload], str]] = {
     "train_throughput_cuda": gpu_throughput_table,
     "throughput_h200": gpu_throughput_table,
