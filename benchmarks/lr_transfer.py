@@ -34,7 +34,7 @@ def table(found: dict[str, Any]) -> list[dict[str, Any]]:
                 "runs": len(curve["runs"]),
                 "best rate": f"{curve['best']:.3g}" + ("" if curve["inside"] else " (edge of the grid)"),
                 "95%": "not known" if interval is None else f"{interval[0]:.2g} to {interval[1]:.2g}",
-                "least mean loss, nats": min(curve["means"].values()),
+                "least mean loss, nats": f"{min(curve['means'].values()):.3f}",
             }
         )
     return rows

@@ -63,8 +63,8 @@ def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "parameters": run["n_non_embedding"],
             "R": run["ratio"],
             "steps": run["steps"],
-            "loss, nats": run["loss_nats"],
-            **{told: f"{run[name]:.3f} ({100 * deviation(run, name):+.1f}%)" for name, told in ENDS.items()},
+            "loss, nats": f"{run['loss_nats']:.3f}",
+            **{told: f"{run[name]:.3f} ({100 * deviation(run, name):+z.1f}%)" for name, told in ENDS.items()},
         }
         for run in runs
     ]
