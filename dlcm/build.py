@@ -127,6 +127,7 @@ class _Build:
                     kept = journal.read
             for writer in writers.values():
                 writer.flush()
+        self._check_splits(journal)
         self._finish(journal, tokenizer)
 
     def _write(
@@ -182,6 +183,16 @@ class _Build:
         for writer in writers:
             writer.flush()
         write_json(self.folder / "journal.json", asdict(journal))
+
+    def _check_splits(self, journal: Journal) -> None:
+        """Refuse a share that leaves a split empty: the documents that a hash chooses may be few, or copies of each other."""
+        n_documents = sum(written.n_documents for written in journal.splits.values())
+        for name, way_out in zip(SPLITS, ("smaller", "larger")):
+            if not journal.splits[name].n_documents:
+                raise UserError(
+                    f"data.validation_share: {self.config.validation_share:g} leaves none of the {n_documents:,} documents of "
+                    f"data.corpus: {self.source.spec} for {name}; give a {way_out} share, or more different documents"
+                )
 
     def _finish(self, journal: Journal, tokenizer: Tokenizer) -> None:
         meta = {

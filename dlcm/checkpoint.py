@@ -2,7 +2,7 @@
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -44,7 +44,7 @@ def checkpoint_paths(run_dir: Path) -> list[Path]:
 
 
 def load_checkpoint(run_dir: Path, config: RunConfig, *, mapped: bool = False) -> dict[str, Any] | None:
-    """The newest readable checkpoint, or None where there is none yet.
+    """The newest readable checkpoint to go on from, or None where there is none yet.
 
     Args:
         run_dir: of the run.
@@ -54,6 +54,11 @@ def load_checkpoint(run_dir: Path, config: RunConfig, *, mapped: bool = False) -
     Raises:
         UserError: checkpoints are there but none can be read, or they belong to another config.
     """
+    found = _newest_readable(run_dir, config, mapped)
+    return None if found is None else found[1]
+
+
+def _newest_readable(run_dir: Path, config: RunConfig, mapped: bool) -> tuple[Path, dict[str, Any]] | None:
     paths = checkpoint_paths(run_dir)
     faults = []
     for path in paths:
@@ -66,7 +71,7 @@ def load_checkpoint(run_dir: Path, config: RunConfig, *, mapped: bool = False) -
             raise UserError(
                 f"{path}: written for another config or version; use a new run directory or delete the checkpoints"
             )
-        return state
+        return path, state
     if faults:
         raise UserError(
             f"{run_dir / 'checkpoints'}: no readable checkpoint ({'; '.join(faults)}); delete them to start this run again"
@@ -122,18 +127,34 @@ def check_corpus(run_dir: Path, corpus: "Corpus | Mixture") -> None:
     )
 
 
-def load_trained(run_dir: Path) -> tuple["Model", RunConfig]:
-    """The model of a run with the weights of its newest checkpoint, in evaluation mode.
+class Trained(NamedTuple):
+    """The model of a run in evaluation mode, its config, and the name of the file that the weights came from."""
+
+    model: "Model"
+    config: RunConfig
+    checkpoint: str
+
+
+def load_trained(run_dir: Path) -> Trained:
+    """The model of a run with the weights of its newest readable checkpoint; of a finished run, of its last one.
 
     Raises:
-        UserError: the run has no config or no checkpoint.
+        UserError: the run has no config or no checkpoint, or it has finished and its last checkpoint cannot be read: the one
+            before has other weights and another threshold than the result was measured with.
     """
     from dlcm.model import Model
 
     config = load_config(run_dir)
-    state = load_checkpoint(run_dir, config)
-    if state is None:
+    found = _newest_readable(run_dir, config, mapped=False)
+    if found is None:
         raise UserError(f"{run_dir}: no checkpoint yet; train the run first")
+    (path, state), result = found, run_dir / "result.json"
+    ended = read_json(result) if result.exists() else {}
+    if ended.get("status") == "finished" and ended.get("step") != state["step"]:
+        raise UserError(
+            f"{checkpoint_path(run_dir, int(ended.get('step') or 0))}: missing or damaged, and the result was measured with it; "
+            f"delete {result} and train the run again: it goes on from {path.name}"
+        )
     model = Model(config.model)
     try:
         model.load_state_dict(state["model"])
@@ -141,4 +162,4 @@ def load_trained(run_dir: Path) -> tuple["Model", RunConfig]:
         raise UserError(
             f"{run_dir}: its weights do not fit this version of the model ({error}); use the commit in env.json"
         ) from None
-    return model.eval(), config
+    return Trained(model.eval(), config, path.name)

@@ -8,6 +8,7 @@ What the compiler makes is kept in `$DLCM_CACHE/inductor` (or `TORCHINDUCTOR_CAC
 the first one waits for it, on whatever machine of a cluster they run.
 """
 
+import contextlib
 import hashlib
 import os
 import statistics
@@ -60,6 +61,7 @@ def choose_compile(
     device_name: str,
     measure: Measure,
     agree: Callable[[Any], Any] = lambda mine: mine,
+    n_ranks: int = 1,
 ) -> bool:
     """Whether to compile; measures where `auto` needs it and nothing is known.
 
@@ -70,6 +72,7 @@ def choose_compile(
         device_name: of the device, as its figures are filed under.
         measure: takes steps of this run that leave nothing behind.
         agree: gives what rank 0 has, on all ranks: they must measure together or not at all.
+        n_ranks: processes that share the batch.
 
     Raises:
         UserError: `compile: true` with an attention backend that cannot be compiled.
@@ -83,14 +86,14 @@ def choose_compile(
     before = agree(read_json(begun).get("compiled") if begun.exists() else None)
     if before is not None:
         return bool(before)
-    return compile_figures(config, device_name, measure, agree).pays(config.n_steps)
+    path = cache_root() / "compile" / f"{_shape(config, device_name, n_ranks)}.json"
+    return compile_figures(config, path, device_name, measure, agree).pays(config.n_steps)
 
 
 def compile_figures(
-    config: RunConfig, device_name: str, measure: Measure, agree: Callable[[Any], Any] = lambda mine: mine
+    config: RunConfig, path: Path, device_name: str, measure: Measure, agree: Callable[[Any], Any]
 ) -> CompileFigures:
-    """Figures of the shape of a run, from the cache or measured; a run too short for a try is measured uncompiled alone."""
-    path = cache_root() / "compile" / f"{_shape(config, device_name)}.json"
+    """Figures of the shape of a run, read from a file or measured; a run too short for a try is measured uncompiled alone."""
     if (known := agree(_known(path))) is not None:
         return known
     eager_s = agree(statistics.median(measure(False, N_MEASURED)[1:]))
@@ -100,7 +103,8 @@ def compile_figures(
     first, *others = measure(True, N_MEASURED)
     compiled_s = statistics.median(others)
     found = agree(CompileFigures(eager_s, compiled_s, max(first - compiled_s, 0.0)))
-    write_json(path, {"schema": SCHEMA_VERSION, "device": device_name, "torch": torch.__version__, **asdict(found)})
+    with contextlib.suppress(OSError):  # a cache: a run goes on where it cannot be written
+        write_json(path, {"schema": SCHEMA_VERSION, "device": device_name, "torch": torch.__version__, **asdict(found)})
     return found
 
 
@@ -127,7 +131,7 @@ def _is_compilable(config: RunConfig, device: str) -> bool:
     return True
 
 
-def _shape(config: RunConfig, device_name: str) -> str:
+def _shape(config: RunConfig, device_name: str, n_ranks: int) -> str:
     """Hash of what the time of a step depends on."""
     train = config.train
     parts = [
@@ -136,6 +140,9 @@ def _shape(config: RunConfig, device_name: str) -> str:
         train.batch_tokens,
         train.micro_batch_tokens,
         train.precision,
+        train.parallel,
+        train.activation_checkpointing,
+        n_ranks,
         device_name,
         torch.__version__,
     ]

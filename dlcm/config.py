@@ -248,7 +248,7 @@ class RunConfig(Frozen):
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
-    seed: int = Field(default=0, ge=0, description="seeds initial weights, data order and boundary sampling")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seeds initial weights, data order and boundary sampling")
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> "RunConfig":
@@ -265,6 +265,10 @@ class RunConfig(Frozen):
             raise ValueError(
                 f"train.tokens = {train.tokens} is less than one step of batch_tokens = {train.batch_tokens}; "
                 "raise the budget or lower batch_tokens"
+            )
+        if train.measure_stable and self.optim.schedule != "wsd":
+            raise ValueError(
+                f"train.measure_stable: a {self.optim.schedule} schedule has no stable part; set optim.schedule: wsd, or leave it"
             )
         decay = self.optim.decay_share * self.tokens if self.optim.schedule == "wsd" else 0.0
         if self.optim.warmup_tokens is not None and self.optim.warmup_tokens > self.tokens - decay:
@@ -293,7 +297,7 @@ class RunConfig(Frozen):
 
     @property
     def decay_begins(self) -> int | None:
-        """The step before which the decay of `wsd` begins; None for other schedules and without a decay."""
+        """The step before which the decay of `wsd` begins: the last one where there is no decay; None for other schedules."""
         if self.optim.schedule != "wsd":
             return None
         return self.n_steps - math.ceil(self.optim.decay_share * self.n_steps - 1e-9)

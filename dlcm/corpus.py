@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dlcm.config import DataConfig
-from dlcm.errors import UserError, nearest
+from dlcm.errors import UserError, nearest, user_path
 
 BLOCK_CHARS = 8_192
 WHOLE_FILE_BYTES = 256 * 1024
@@ -33,6 +33,7 @@ TEXT_SUFFIXES = frozenset(
 )
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _NAMED = ("stdlib", "packages")
+_ZSTD_PIECE = 64 * 1024  # compressed bytes at a time: what they hold is some hundreds of kilobytes
 _PACKAGE_SUFFIXES = (".py", ".pyi", ".txt", ".md", ".rst")
 
 
@@ -126,7 +127,9 @@ def open_source(config: DataConfig) -> Source:
         return Source(spec, root, _some(spec, _stdlib_files(root)), key, skip_foreign=True)
     if spec == "packages":
         return Source(spec, Path(sysconfig.get_path("purelib")), _some(spec, _package_files()), key, skip_foreign=True)
-    path = Path(spec).expanduser()
+    if not spec.strip():
+        raise UserError("data.corpus: empty; give stdlib, packages, hf:NAME or a path (. for the working directory)")
+    path = user_path(spec, "data.corpus")
     try:
         if path.is_dir():
             return Source(spec, path.resolve(), _some(spec, _folder_files(path.resolve())), key, skip_foreign=False)
@@ -165,10 +168,19 @@ def _some(spec: str, files: Iterable[Path]) -> tuple[Path, ...]:
     return found
 
 
-def _walk(root: Path, leave_out: Callable[[str], bool]) -> Iterator[Path]:
-    """Files below `root`, folders and files in the order of their names; folders that are left out are not entered."""
-    for folder, inside, names in os.walk(root):
+def _walk(root: Path, leave_out: Callable[[str], bool], *, links: bool = False) -> Iterator[Path]:
+    """Files below `root`, folders and files in the order of their names; folders that are left out are not entered.
+
+    With `links` linked folders are entered too, each place once: a link may lead back to where it stands.
+    """
+    seen = {os.path.realpath(root)}
+    for folder, inside, names in os.walk(root, followlinks=links):
         inside[:] = sorted(name for name in inside if not leave_out(name))
+        for name in tuple(inside) if links else ():
+            place = os.path.realpath(Path(folder, name))
+            if place in seen:
+                inside.remove(name)
+            seen.add(place)
         yield from (Path(folder, name) for name in sorted(names))
 
 
@@ -192,7 +204,7 @@ def _package_files() -> list[Path]:
 
 
 def _folder_files(root: Path) -> Iterator[Path]:
-    for path in _walk(root, lambda name: name.startswith(".")):
+    for path in _walk(root, lambda name: name.startswith("."), links=True):
         known = path.suffix in TEXT_SUFFIXES or path.suffix == ".parquet" or _is_jsonl(path)
         if known and not path.name.startswith(".") and path.is_file():
             yield path
@@ -233,10 +245,46 @@ def _open_binary(path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
         return io.BufferedReader(gzip.GzipFile(path, "rb"))
     if path.suffix == ".zst":
-        import zstandard
-
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True))
+        return io.BufferedReader(_Chunks(_zstd_chunks(path)))
     return path.open("rb")
+
+
+def _zstd_chunks(path: Path) -> Iterator[bytes]:
+    """Content of the frames of a file.
+
+    Raises:
+        EOFError: the file ends inside a frame, which zstandard's own stream reader takes for an end.
+    """
+    import zstandard
+
+    decoder, rest = None, b""
+    with path.open("rb") as file:
+        while piece := rest or file.read(_ZSTD_PIECE):
+            decoder = decoder or zstandard.ZstdDecompressor().decompressobj()
+            yield decoder.decompress(piece)
+            rest = decoder.unused_data if decoder.eof else b""
+            decoder = None if decoder.eof else decoder
+    if decoder is not None:
+        raise EOFError("the file ends inside a zstd frame")
+
+
+class _Chunks(io.RawIOBase):
+    """A file of pieces that come one by one."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._left = chunks, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            if (chunk := next(self._chunks, None)) is None:
+                return 0
+            self._left = chunk
+        n = min(len(buffer), len(self._left))
+        buffer[:n], self._left = self._left[:n], self._left[n:]
+        return n
 
 
 def _parse_row(line: bytes, where: str) -> dict[str, Any]:
@@ -244,7 +292,7 @@ def _parse_row(line: bytes, where: str) -> dict[str, Any]:
         row = json.loads(line)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 ({error.reason})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error}); mend or delete the line") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")

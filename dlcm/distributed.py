@@ -109,11 +109,19 @@ def joined(environment: Mapping[str, str] = os.environ) -> Generator[Ranks]:
         dist.destroy_process_group()
 
 
+def device_of(ranks: Ranks) -> tuple[torch.device, str]:
+    """The device of this process, and its name: that of the GPU, or `cpu`."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), "cpu"
+    device = torch.device(f"cuda:{ranks.local_rank}")
+    return device, torch.cuda.get_device_name(device)
+
+
 def rendezvous(environment: Mapping[str, str]) -> tuple[Ranks, str, int] | None:
     """Rank, address and port by which processes find each other; None for a process alone.
 
     Raises:
-        UserError: a rank outside of the number of ranks.
+        UserError: a rank outside of the number of ranks, or a variable that is not a number.
     """
     e = environment
     if "RANK" in e and "WORLD_SIZE" in e:  # torchrun
@@ -122,24 +130,33 @@ def rendezvous(environment: Mapping[str, str]) -> tuple[Ranks, str, int] | None:
             e.get("MASTER_ADDR", "127.0.0.1"),
             e.get("MASTER_PORT", "29500"),
         )
-    elif (
-        int(e.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-    ):  # srun; SLURM_NTASKS is there in a batch script of one process, too
+    # srun; SLURM_NTASKS is there in a batch script of one process, too
+    elif _number(e, "SLURM_STEP_NUM_TASKS", 1) > 1:
         keys = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         port = _port(e["SLURM_JOB_ID"])
         one_node = e.get("SLURM_STEP_NUM_NODES") == "1"  # then no name has to resolve
         address = "127.0.0.1" if one_node else first_host(e.get("SLURM_STEP_NODELIST", e["SLURM_JOB_NODELIST"]))
-    elif int(e.get("SUBMITIT_LOCAL_NTASKS", "1")) > 1:
+    elif _number(e, "SUBMITIT_LOCAL_NTASKS", 1) > 1:
         keys = ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID")
         address, port = "127.0.0.1", _port(e["SUBMITIT_LOCAL_JOB_ID"])
     else:
         return None
-    rank, world_size, local_rank = (int(e.get(key, "0")) for key in keys)
+    rank, world_size, local_rank = (_number(e, key, 0) for key in keys)
     if world_size == 1:
         return None
     if not 0 <= rank < world_size:
         raise UserError(f"{keys[0]} = {rank} with {keys[1]} = {world_size}: a rank is below the number of ranks")
-    return Ranks(rank, world_size, local_rank), address, int(port)
+    return Ranks(rank, world_size, local_rank), address, _number({"MASTER_PORT": str(port)}, "MASTER_PORT", 0)
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    """A whole number of the environment."""
+    value = environment.get(name, str(default))
+    if not re.fullmatch(r"[0-9]+", value):
+        raise UserError(
+            f"{name} = {value!r} in the environment: expected a whole number; set it, or unset it to train alone"
+        )
+    return int(value)
 
 
 def first_host(nodes: str) -> str:

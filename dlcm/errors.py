@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -19,6 +20,22 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     valid = sorted(set(valid))
     close = difflib.get_close_matches(word, valid, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(valid)}"
+
+
+def user_path(name: str, where: str) -> Path:
+    """The path that a user wrote, `~` and `~user` expanded.
+
+    Args:
+        name: as written.
+        where: file or key that it came from, for the message.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{where}: {name}: {error}; write the path out") from None
 
 
 def parse(model: type[ModelT], data: object, where: str, block: str = "") -> ModelT:

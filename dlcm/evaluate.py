@@ -5,7 +5,7 @@ lm-eval, which takes seconds to import, is imported when there is something to m
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -90,7 +90,7 @@ class _Asked:
         run_dir: directory of the run.
         tasks: with their items.
         max_length: tokens that the model reads.
-        checkpoint: file of the newest weights.
+        checkpoint: file of the weights, the newest.
     """
 
     run_dir: Path
@@ -144,7 +144,8 @@ def evaluate(
     results = {task.name: None if force else asked.known(task) for task in asked.tasks}
     open_tasks = [task for task in asked.tasks if results[task.name] is None]
     if open_tasks:
-        for result in _measure(_load_lm(run_dir, corpus), open_tasks, asked, progress):
+        lm, checkpoint = _load_lm(run_dir, corpus)
+        for result in _measure(lm, open_tasks, replace(asked, checkpoint=checkpoint), progress):
             results[result.task] = result
     return [result for task in asked.tasks if (result := results[task.name]) is not None]
 
@@ -245,12 +246,13 @@ def _read_task(task: TaskWord, corpus: Corpus | Mixture, limit: int | None) -> E
     return lm_eval_task(task.target, limit, task.n_shot)
 
 
-def _load_lm(run_dir: Path, corpus: Corpus | Mixture) -> "HarnessModel":
+def _load_lm(run_dir: Path, corpus: Corpus | Mixture) -> tuple["HarnessModel", str]:
+    """The model for lm-eval, and the name of the file that its weights came from."""
     from dlcm.harness import HarnessModel
     from dlcm.opened import open_model
 
     run = open_model(run_dir, corpus)
-    return HarnessModel(run.model, run.tokenizer, run.config.data.seq_len, autocast=run.autocast)
+    return HarnessModel(run.model, run.tokenizer, run.config.data.seq_len, autocast=run.autocast), run.checkpoint
 
 
 def _measure(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlcm.checkpoint import check_corpus, checkpoint_paths, load_config, load_trained
+from dlcm.checkpoint import check_corpus, load_config, load_trained
 from dlcm.config import ModelConfig, RunConfig
 from dlcm.errors import UserError
 from dlcm.model import Model
@@ -76,7 +76,7 @@ def export_hf(run_dir: Path | str, target: Path | str) -> Exported:
         raise UserError(f"{target}: exists and is not an empty directory; give another -o")
     corpus = open_corpus(config.data)
     check_corpus(run_dir, corpus)
-    model, _ = load_trained(run_dir)
+    model, _, checkpoint = load_trained(run_dir)
     weights = hf_weights(model)
     draft = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
     draft.mkdir(parents=True)
@@ -84,7 +84,7 @@ def export_hf(run_dir: Path | str, target: Path | str) -> Exported:
         torch.save(weights, draft / "pytorch_model.bin")
         _write_tokenizer(draft, corpus.tokenizer, config.data.seq_len)
         _write(draft / "config.json", hf_config(config, corpus.tokenizer))
-        _write(draft / "dlcm.json", _provenance(run_dir, config))
+        _write(draft / "dlcm.json", _provenance(run_dir, config, checkpoint))
         if target.exists():
             target.rmdir()
         draft.rename(target)
@@ -150,12 +150,12 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, seq_len: int) -> None:
     _write(folder / "tokenizer_config.json", facts)
 
 
-def _provenance(run_dir: Path, config: RunConfig) -> dict[str, Any]:
+def _provenance(run_dir: Path, config: RunConfig, checkpoint: str) -> dict[str, Any]:
     result = run_dir / "result.json"
     return {
         "run_id": config.run_id,
         "config": config.model_dump(mode="json"),
-        "checkpoint": checkpoint_paths(run_dir)[0].name,
+        "checkpoint": checkpoint,
         "loss_nats": read_json(result).get("loss_nats") if result.exists() else None,
         "exported_by": commit_in_words(),
     }

@@ -256,7 +256,7 @@ def _tokenizer_key(config: DataConfig) -> str:
     for name, one in alone(config, config.tokenizer).items():
         with _named(name):
             sources.append([name, open_source(one).fingerprint(), (config.mixture or {})[name].weight])
-    parts = [FORMAT_VERSION, "mixture", sources, config.tokenizer.replace("_", ""), config.validation_share]
+    parts = [FORMAT_VERSION, "mixture", sources, f"bpe-{parse_tokenizer(config.tokenizer)[1]}", config.validation_share]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from dlcm.build import Progress
-from dlcm.checkpoint import check_corpus, checkpoint_paths, load_config, load_trained
+from dlcm.checkpoint import check_corpus, load_config, load_trained
 from dlcm.config import RunConfig
 from dlcm.errors import UserError
 from dlcm.mixture import Mixture
@@ -68,7 +68,7 @@ def open_model(run_dir: Path, corpus: Corpus | Mixture) -> OpenRun:
     Raises:
         UserError: no trained run, or a tokenizer that knows tokens which the model does not.
     """
-    model, config = load_trained(run_dir)
+    model, config, checkpoint = load_trained(run_dir)
     if corpus.tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"{run_dir}: data.tokenizer {config.data.tokenizer!r} has {corpus.tokenizer.vocab_size} tokens here, the model "
@@ -76,4 +76,4 @@ def open_model(run_dir: Path, corpus: Corpus | Mixture) -> OpenRun:
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=config.train.is_bf16(device))
-    return OpenRun(run_dir, config, model.to(device), corpus, checkpoint_paths(run_dir)[0].name, autocast)
+    return OpenRun(run_dir, config, model.to(device), corpus, checkpoint, autocast)

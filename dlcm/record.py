@@ -33,6 +33,12 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_drafts(folder: Path) -> None:
+    """Delete what processes that were killed in the middle of `write_atomic` left in a folder that nobody else writes to."""
+    for draft in folder.glob(".*.tmp"):
+        draft.unlink(missing_ok=True)
+
+
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write `data` as indented JSON, atomically."""
     write_atomic(path, json.dumps(data, indent=2) + "\n")
@@ -97,11 +103,22 @@ def read_metrics(path: Path, *, running: bool = False) -> list[dict[str, Any]]:
     return rows
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Keep the rows up to `step`: what a resumed run will write again is dropped, a torn tail with it."""
+def sync_metrics(path: Path) -> None:
+    """Bring the lines of a metrics log to the disk, before anything that relies on them."""
+    if path.exists():
+        with path.open("ab") as file:
+            os.fsync(file.fileno())
+
+
+def cut_metrics(path: Path, step: int) -> int:
+    """Keep the rows up to `step`: what a resumed run will write again is dropped, a torn tail with it.
+
+    Returns:
+        The step of the last row that is left; 0 where there is none.
+    """
     if not path.exists():
-        return
-    kept = []
+        return 0
+    kept, last = [], 0
     for line in path.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
@@ -110,7 +127,9 @@ def cut_metrics(path: Path, step: int) -> None:
         if row["step"] > step:
             break
         kept.append(line + b"\n")
+        last = int(row["step"])
     write_atomic(path, b"".join(kept))
+    return last
 
 
 # A reader that asks whether a lock is held takes it shared for some microseconds; a claim must not fail on that.
@@ -127,8 +146,12 @@ def run_lock(run_dir: Path, name: str = ".lock") -> Generator[None]:
 
     Raises:
         RunBusyError: another process holds it.
+        UserError: a file stands in the place of the directory.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{run_dir}: a file, where the directory of a run is wanted; choose another") from None
     with (run_dir / name).open("w") as file:
         for attempt in range(_CLAIM_TRIES):
             try:

@@ -20,7 +20,8 @@ class Result:
         tokens_per_concept_uncalibrated: what R on the validation set would be under a threshold set on training text.
         epochs: how often the training split was gone through; of a mixture, the source that was gone through most often.
         params: counts by group.
-        wall_s: seconds of training and evaluation of this run, over all interruptions, without those of a trunk.
+        wall_s: seconds of training, checkpoints and the calibration of the threshold included, without the final validation and
+            without those of a trunk; of a start that was killed, up to its last checkpoint.
         domains: the validation set by content, source code and prose apart, as in `dlcm.validation.Validation`; None also
             where an earlier version trained the run.
         epochs_by_source: the same of each source of a mixture; None without one.

@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ from dlcm.tokens import Tokenizer, parse_tokenizer
 
 if TYPE_CHECKING:
     from dlcm.mixture import Mixture
+
+_TOKENS_AT_ONCE = 2**22  # of a stream that is read whole
 
 
 class Stream:
@@ -213,9 +216,20 @@ class Corpus:
     validation: Split
     folder: Path
 
-    def target_bytes(self, batch: Batch) -> int:
-        """Bytes of text that the targets of a batch stand for; an end of text counts 0."""
-        return int(self.tokenizer.byte_lengths[batch.targets_T].sum())
+    def target_bytes(self, batch: Batch) -> float:
+        """Bytes of text that the targets of a batch stand for; an end of text counts 0.
+
+        Exact where the tokenizer keeps every byte. Where it drops blanks or writes one id for what it does not know, what it
+        dropped in all of the validation text is shared out over its tokens by their bytes.
+        """
+        return float(self.tokenizer.byte_lengths[batch.targets_T].sum()) * self._bytes_per_token_byte
+
+    @cached_property
+    def _bytes_per_token_byte(self) -> float:
+        """Bytes of the validation text over those that its tokens spell."""
+        tokens, lengths = self.validation.tokens, self.tokenizer.byte_lengths
+        spelt = sum(int(lengths[tokens[i : i + _TOKENS_AT_ONCE]].sum()) for i in range(0, len(tokens), _TOKENS_AT_ONCE))
+        return self.validation.n_bytes / spelt if spelt else 1.0
 
 
 def cache_root() -> Path:
@@ -289,7 +303,8 @@ def cached_tokens(config: DataConfig) -> int | None:
 
 def _cache_key(source: Source, config: DataConfig) -> str:
     kind, value = parse_tokenizer(config.tokenizer)
-    tokenizer = hashlib.sha256(value.read_bytes()).hexdigest() if kind == "file" else config.tokenizer.replace("_", "")
+    tokenizer = hashlib.sha256(value.read_bytes()).hexdigest() if kind == "file" else config.tokenizer
+    tokenizer = f"bpe-{value}" if kind == "bpe" else tokenizer  # bpe-4_096 is bpe-4096
     parts = [FORMAT_VERSION, source.fingerprint(), tokenizer, config.validation_share]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 

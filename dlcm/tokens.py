@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dlcm.errors import UserError, nearest
+from dlcm.errors import UserError, nearest, user_path
 from dlcm.words import WordEncoder, pattern_of
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ def parse_tokenizer(spec: str) -> tuple[str, Any]:
         return "bpe", size
     if spec.startswith("hub:") and len(spec) > 4:
         return "hub", spec[4:]
-    path = Path(spec).expanduser()
+    path = user_path(spec, "data.tokenizer")
     if path.suffix == ".json" or path.is_file():
         if not path.is_file():
             raise UserError(f"data.tokenizer: {spec}: no such file (looked in {Path.cwd()})")

@@ -24,18 +24,18 @@ from typing import Any
 
 from dlcm.compiling import choose_compile, keep_compiled
 from dlcm.config import SCHEMA_VERSION, RunConfig
-from dlcm.distributed import Ranks, current_ranks
+from dlcm.distributed import Ranks, current_ranks, device_of
 from dlcm.errors import UserError
 from dlcm.micro_batch import shares, with_micro_batch
 from dlcm.mixture import Mixture
 from dlcm.progress import Progress as Progress
 from dlcm.progress import StopTraining as StopTraining
-from dlcm.record import read_json, run_lock, write_json
+from dlcm.record import read_json, remove_drafts, run_lock, write_json
 from dlcm.result import Result as Result
 from dlcm.result import load_result as load_result
 from dlcm.shards import Corpus, open_corpus
 from dlcm.tracking import check_trackers
-from dlcm.trainer import Trainer, device_of
+from dlcm.trainer import Trainer
 
 
 def train(
@@ -80,6 +80,8 @@ def train(
         def claim() -> bool:
             stack.enter_context(run_lock(run_dir))
             guard()
+            for folder in (run_dir, run_dir / "checkpoints", run_dir / "branches"):
+                remove_drafts(folder)
             _claim(config, run_dir)
             return (run_dir / "result.json").exists()
 
@@ -100,7 +102,7 @@ def _compiled(config: RunConfig, run_dir: Path, ranks: Ranks) -> bool:
     def measure(compiled: bool, n_steps: int) -> list[float]:
         return list(islice(step_seconds(config, open_corpus(config.data), compiled=compiled, ranks=ranks), n_steps))
 
-    return choose_compile(config, run_dir, device.type, name, measure, ranks.tell)
+    return choose_compile(config, run_dir, device.type, name, measure, ranks.tell, ranks.world_size)
 
 
 def step_seconds(

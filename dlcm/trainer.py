@@ -19,7 +19,7 @@ from dlcm.boundary import (
 )
 from dlcm.checkpoint import check_corpus, corpus_record, load_checkpoint, save_checkpoint
 from dlcm.config import SCHEMA_VERSION, RunConfig
-from dlcm.distributed import Ranks
+from dlcm.distributed import Ranks, device_of
 from dlcm.errors import UserError
 from dlcm.loader import Loader
 from dlcm.meter import Meter, load_meter
@@ -29,13 +29,13 @@ from dlcm.optim import build_optimizer, lr_factor
 from dlcm.prepare import parameter_counts, prepare_model
 from dlcm.progress import Progress, StopTraining, metrics_row
 from dlcm.provenance import describe_environment
-from dlcm.record import append_metrics, cut_metrics, read_metrics, write_json
+from dlcm.record import append_metrics, begin_metrics, cut_metrics, read_metrics, sync_metrics, write_json
 from dlcm.result import Result
 from dlcm.shards import Corpus, open_corpus
 from dlcm.sharing import share_model
 from dlcm.tally import StepSums, Tally
 from dlcm.tracking import Tracking
-from dlcm.trunk import copy_metrics, load_branch, save_branch
+from dlcm.trunk import load_branch, save_branch
 from dlcm.validation import calibrate_threshold, evaluate_loss, stable_loss
 
 # Weight of the past in the running loss that decides about divergence.
@@ -78,6 +78,7 @@ class Trainer:
         self.model = self.shared.model
         self.optimizer = build_optimizer(self.model, config.optim)
         self.tally, self.step = Tally(), 0
+        self.branched = False  # whether this start goes on from a trunk's state
         self.loader = Loader(self.corpus, config)
         self.meter: Meter | None = None
         self.metrics_path = run_dir / "metrics.jsonl"
@@ -109,6 +110,8 @@ class Trainer:
         """The steps that are left, and the result."""
         clock = begun = time.perf_counter()
         first, reason = self.step, None
+        if self.branched:  # from here on the trunk is not needed any more, and a divergence has a step to go back to
+            clock = self._save(clock)
         while self.step < self.config.n_steps and reason is None:
             if self.step == self.config.decay_begins and self.config.train.measure_stable:
                 self.tally.stable_loss = stable_loss(self.model, self.corpus, self.config, self.autocast)
@@ -186,12 +189,22 @@ class Trainer:
             state = load_branch(self.trunk, self.config, mapped=mapped)
             if self.ranks.is_main:
                 self.guard()
-                copy_metrics(self.trunk, self.run_dir, state["step"])
+                begin_metrics(self.metrics_path, state["metrics"])
+            self.branched = True
         if state is not None:
             self.shared.load(state, self.optimizer)
             self.step, self.tally = state["step"], Tally(**state["tally"])
         if self.ranks.is_main:
-            cut_metrics(self.metrics_path, self.step)
+            self._cut_metrics()
+
+    def _cut_metrics(self) -> None:
+        """Bring the log to where the state stands; refuse one that lost lines, which nothing would write again."""
+        last, due = cut_metrics(self.metrics_path, self.step), self.step - self.step % self.config.train.log_every
+        if last < due:
+            raise UserError(
+                f"{self.metrics_path}: it ends at step {last}, and the checkpoint of step {self.step} has lines up to {due} "
+                f"behind it; restore it, or delete {self.run_dir / 'checkpoints'} to train the run anew"
+            )
 
     def _save(self, clock: float) -> float:
         """Save a checkpoint; `clock` is when the time since the one before began, and what comes back is when the next begins."""
@@ -204,6 +217,7 @@ class Trainer:
         state = self._state()
         if self.ranks.is_main:
             self.guard()
+            sync_metrics(self.metrics_path)  # a resumed run does not write again what came before its checkpoint
             save_checkpoint(self.run_dir, self.step, self.config, state, tally.good_step)
         return now
 
@@ -378,11 +392,3 @@ class Trainer:
             trunk_wall_s=round(tally.trunk_wall_s, 3),
             last_good_step=tally.good_step if reason else None,
         )
-
-
-def device_of(ranks: Ranks) -> tuple[torch.device, str]:
-    """The device of this process, and its name: that of the GPU, or `cpu`."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu"), "cpu"
-    device = torch.device(f"cuda:{ranks.local_rank}")
-    return device, torch.cuda.get_device_name(device)

@@ -153,7 +153,7 @@ class _DomainSums:
     concepts: np.ndarray = field(default_factory=lambda: np.zeros(len(DOMAINS), np.int64))
     targets: np.ndarray = field(default_factory=lambda: np.zeros(len(DOMAINS), np.int64))
     nats: np.ndarray = field(default_factory=lambda: np.zeros(len(DOMAINS)))
-    n_bytes: int = 0
+    n_bytes: float = 0.0
 
     def add(self, batch: Batch, out: Output, labels: StreamLabels, eot_id: int) -> None:
         """Add one batch. What is read and what is predicted are one token apart, so they have labels of their own."""

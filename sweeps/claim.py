@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 
 from dlcm.record import RunBusyError, is_locked
 from sweeps.heartbeat import BEAT_S, MAX_DEATHS, MAX_STARTS
@@ -16,16 +16,32 @@ Claim = tuple[StoredRun, Lease, Start, tuple[StoredRun, ...]]
 
 @contextlib.contextmanager
 def claim_next(
-    sweep: StoredSweep, submission: int, tried: set[str], stop: Callable[[], bool], *, only_branches: bool
+    sweep: StoredSweep,
+    submission: int,
+    tried: set[str],
+    stop: Callable[[], bool],
+    *,
+    only: Collection[str] | None = None,
+    only_branches: bool,
 ) -> Generator[Claim | None]:
-    """Hold the longest open run that can begin; none where no run is open to this worker."""
+    """Hold the longest open run that can begin; none where no run is open to this worker.
+
+    Args:
+        sweep: all of it: a run may go on from one that this worker must not take, or that has ended long ago.
+        submission: number of the submission.
+        tried: run ids that this worker has taken already.
+        stop: whether to leave.
+        only: run ids that may be taken; all where absent.
+        only_branches: take no run that is trained from its start.
+    """
     # A run whose worker was just lost on another machine looks held until its lease has run out: that long we stay.
     leave_at = time.monotonic() + LEASE_S + 2 * BEAT_S
-    runs = sorted(sweep.runs, key=lambda r: -r.flops_planned)
+    chosen = {run.run_id for run in sweep.runs} if only is None else frozenset(only)
+    runs = sorted((run for run in sweep.runs if run.run_id in chosen), key=lambda r: -r.flops_planned)
     shared = families(sweep.runs)
 
     def is_expected(run: StoredRun) -> bool:
-        return _is_held(run) or (run.run_id not in tried and is_open(run, sweep, submission))
+        return _is_held(run) or (run.run_id in chosen - tried and is_open(run, sweep, submission))
 
     while True:
         doubtful = waiting = False

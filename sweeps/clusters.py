@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dlcm.errors import UserError, nearest, parse
+from dlcm.errors import UserError, nearest, parse, user_path
 from dlcm.yaml_io import load_yaml
 from sweeps.spec import ClusterConfig
 
@@ -41,7 +41,7 @@ def clusters_file() -> Path:
     """The user's file of named clusters; it need not exist."""
     given = os.environ.get("DLCM_CLUSTERS")
     base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return Path(given or f"{base}/dlcm/clusters.yaml").expanduser()
+    return user_path(given or f"{base}/dlcm/clusters.yaml", "DLCM_CLUSTERS" if given else "XDG_CONFIG_HOME")
 
 
 def resolve_target(name: str, spec: ClusterConfig, settings: Mapping[str, Any] | None = None) -> Target:

@@ -75,7 +75,9 @@ COLUMNS: Mapping[str, Column] = {
     "d_token_base": Column("int64", "", "token width that the rates hold at (muP)"),
     "d_concept_base": Column("int64", "", "concept width that they hold at; 0 for a dense model"),
     "status": Column("str", "", "planned, queued, running, finished, failed, diverged, cancelled or lost"),
-    "wall_s": Column("float64", "s", "time spent training it, over all starts, without that of a trunk"),
+    "wall_s": Column(
+        "float64", "s", "time spent training it, without the final validation and without that of a trunk"
+    ),
     "device": Column("str", "", "what it was trained on"),
     "commit": Column("str", "", "commit of the code that trained it, `+` and a hash where the checkout differed"),
 }
@@ -222,7 +224,8 @@ def _measured(run: StoredRun, result: Mapping[str, Any]) -> dict[str, Any]:
     # One token is its own unit in a dense model, whatever its result says.
     dense = 1.0 if config.model.is_dense else None
     at_evaluation, in_training = dense or result["tokens_per_concept"], dense or result["tokens_per_concept_train"]
-    training, evaluation = flops(in_training), flops(at_evaluation)
+    # A run that diverged before its last tenth has no R of it; what it cost is known from the steps that it took.
+    training, evaluation = flops(in_training or _ratio_of_log(run)), flops(at_evaluation)
     full = training.full_square if training else None
     copied = ("tokens", "epochs", "loss_nats", "bits_per_byte", "wall_s", "device")
     shared = int(result.get("trunk_tokens") or 0)
@@ -242,6 +245,15 @@ def _measured(run: StoredRun, result: Mapping[str, Any]) -> dict[str, Any]:
         **{key: result[key] for key in copied},
         **_source_columns(run, result),
     }
+
+
+def _ratio_of_log(run: StoredRun) -> float | None:
+    """Tokens per concept over all steps of a run."""
+    step, boundaries = 0, 0.0  # in tokens of a step
+    for row in read_metrics(run.path / "metrics.jsonl"):
+        boundaries += (row["step"] - step) * row.get("boundary_rate", 0.0)
+        step = row["step"]
+    return step / boundaries if boundaries else None
 
 
 def _source_columns(run: StoredRun, result: Mapping[str, Any]) -> dict[str, float | None]:

@@ -283,12 +283,11 @@ def format_hours(hours: float) -> str:
 
 def costed(sweep_plan: "Plan", overrides: Overrides | None = None) -> PlanCosts:
     """`hardware_of` and `cost_plan` in one, with a warning where runs repeat their text."""
-    from sweeps.epochs import plan_repeats
+    from sweeps.doubts import plan_doubts
 
     hardware, notes = hardware_of(sweep_plan.sweep, overrides)
     costs = cost_plan(sweep_plan, hardware, notes)
-    repeats = plan_repeats(sweep_plan)
-    return costs if repeats is None else replace(costs, warnings=(*costs.warnings, repeats))
+    return replace(costs, warnings=(*costs.warnings, *plan_doubts(sweep_plan)))
 
 
 def calibration_runs(path: Path | None, *, gpu: bool) -> tuple[list[RunConfig], int | None]:

@@ -220,7 +220,9 @@ def _set_bases(values: Point, model: dict[str, Any], dense: bool, where: str) ->
         if kind == "mup":
             model.setdefault(name, width)
         elif name in model:
-            raise UserError(f"{where}: parametrization: standard has no base width; remove model.{name}")
+            raise UserError(
+                f"{where}: parametrization: standard has no base width; remove model.{name}, or `tuned`, which sets it"
+            )
         else:
             model[name] = model.get(name.removesuffix("_base"), 1)
 

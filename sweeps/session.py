@@ -97,11 +97,11 @@ def show_dry_run(planned: "Plan", sweep_dir: Path, *, as_json: bool) -> None:
 
 def launch_and_show(planned: "Plan", sweep_dir: Path, options: Options, *, detach: bool | None, as_json: bool) -> int:
     """Submit a plan and, unless detached, show it to its end. Returns the exit code."""
-    from sweeps.epochs import plan_repeats
+    from sweeps.doubts import plan_doubts
     from sweeps.launch import launch
 
-    if repeats := plan_repeats(planned):
-        print(f"warning: {repeats}", file=sys.stderr)
+    for doubt in plan_doubts(planned):
+        print(f"warning: {doubt}", file=sys.stderr)
 
     def submit(**more: Any) -> "Submission":
         return launch(planned, sweep_dir, options.cluster, **options.arguments(), **more)

@@ -31,7 +31,7 @@ import yaml
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from dlcm.config import Frozen
-from dlcm.errors import UserError, parse
+from dlcm.errors import UserError, parse, user_path
 from dlcm.tracking import TrackerName
 from sweeps.axes import COUNTS, DESIGN, MIXTURE, Count, check_paths, flatten, parse_count
 from sweeps.cluster_config import ClusterConfig as ClusterConfig
@@ -304,7 +304,7 @@ def _resolve(key: str, value: Any, folder: Path, where: str) -> Any:
 
 def _find(name: str, folder: Path, where: str) -> str:
     """Absolute path of a file named in a sweep: beside the sweep file, else in the working directory."""
-    path = Path(name).expanduser()
+    path = user_path(name, where)
     tried = [path] if path.is_absolute() else [(folder / path), (Path.cwd() / path)]
     for candidate in tried:
         if candidate.exists():

@@ -2,8 +2,8 @@
 
 A family are the runs that differ in nothing but their length and decay (`RunConfig.trunk`). They are ordered by their number of
 stable steps; the last is trained whole, and keeps its state where each of the others begins to decay. Those train their decay
-alone, once that state is there. Where it will not come, because the longer run has failed, was cancelled or was trained before
-they were planned, the next in order takes its place: a run never depends on another to be right, only to be cheap.
+alone, once that state is there. Where it will not come, because the longer run has failed, was cancelled or has passed that
+step before they were planned, the next in order takes its place: a run never depends on another to be right, only to be cheap.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -63,9 +63,15 @@ def start_of(run: StoredRun, family: Sequence[StoredRun], is_expected: Callable[
     for other in reversed(longer):
         if kept_state(other, run).exists():
             return Start(ready=True, trunk=other)
-    if any(is_expected(other) for other in longer):
+    if any(is_expected(other) and not _is_past(other, run) for other in longer):
         return Start(ready=False)
     return Start(ready=True)
+
+
+def _is_past(trunk: StoredRun, run: StoredRun) -> bool:
+    """Whether a trunk stands where `run` would leave it or behind, so that it will not keep that state any more."""
+    steps = [int(path.stem.removeprefix("step-")) for path in (trunk.path / "checkpoints").glob("step-*.pt")]
+    return max(steps, default=0) >= run.n_stable_steps
 
 
 def kept_state(trunk: StoredRun, run: StoredRun) -> Path:

@@ -46,6 +46,15 @@ class TunedRates(Frozen):
     source: Source
 
 
+def read_tuned(path: Path) -> TunedRates:
+    """Read a tuned file.
+
+    Raises:
+        UserError: no such file, or not one of these.
+    """
+    return parse(TunedRates, load_yaml(path), str(path))
+
+
 def apply_tuned(path: Path, given: Set[str], where: str) -> dict[str, Any]:
     """Values of the base of a sweep that a tuned file sets.
 
@@ -57,7 +66,7 @@ def apply_tuned(path: Path, given: Set[str], where: str) -> dict[str, Any]:
     Raises:
         UserError: no such file, not one of these, or the sweep sets a rate or a base width as well.
     """
-    found = parse(TunedRates, load_yaml(path), str(path))
+    found = read_tuned(path)
     values = {key: getattr(found, name) for key, name in (RATES | BASES).items()}
     if clash := [key for key in values if key in given]:
         raise UserError(f"{where}: both tuned ({path.name}) and {clash[0]} set it; keep one")

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +87,7 @@ def work(
         submission: number of the submission: a run that failed in it is not tried again by it.
         threads: CPU threads of torch; unchanged where absent.
         max_runs: leave after this many runs; those that branch off a trunk are not counted, they come with it.
-        only: take no other runs than these.
+        only: take no other runs than these; their trunks may be others.
         root: the code of the submitter; a worker with another refuses to work.
         capture: send what the run prints, native code included, to `<run_id>/logs/worker.log`.
         job_id: the scheduler's id of this worker.
@@ -109,9 +109,9 @@ def work(
     report, tried, n_alone = WorkerReport(), set(), 0
     while not stop():
         # Read anew each time: a later submission may have added runs, or changed what is evaluated.
-        sweep = _only(load_sweep(sweep_dir), only)
+        sweep = load_sweep(sweep_dir)
         full = max_runs is not None and n_alone >= max_runs
-        with claim_next(sweep, submission, tried, stop, only_branches=full) as claim:
+        with claim_next(sweep, submission, tried, stop, only=only, only_branches=full) as claim:
             if claim is None:
                 return report
             run, held, start, family = claim
@@ -124,14 +124,6 @@ def work(
                 _Task(run, sweep, held, beat, report, stop, on_step, announce, start.trunk, family).do()
             tidy(family)
     return report
-
-
-def _only(sweep: StoredSweep, run_ids: Sequence[str] | None) -> StoredSweep:
-    """The sweep with these of its runs; with all where none are named."""
-    if run_ids is None:
-        return sweep
-    chosen = frozenset(run_ids)
-    return replace(sweep, runs=tuple(run for run in sweep.runs if run.run_id in chosen))
 
 
 @dataclass(frozen=True)
@@ -180,15 +172,16 @@ class _Task:
                     raise  # the other ranks are in the middle of something: see `sweeps.ranks`
 
     def _train(self) -> Any:
-        """Train, a second time with half the micro-batch where memory did not suffice."""
+        """Train: alone where the trunk's state is damaged, again with half the micro-batch where memory did not suffice."""
         from dlcm.memory_fault import is_out_of_memory
         from dlcm.train import train
+        from dlcm.trunk import UnusableBranchError
 
-        def once() -> Any:
+        def once(trunk: StoredRun | None) -> Any:
             micro = (read_record(self.run.path / "memory.json") or {}).get("micro_batch_tokens")
             how = {
                 "micro_batch_tokens": micro,
-                "trunk": None if self.trunk is None else self.trunk.path,
+                "trunk": None if trunk is None else trunk.path,
                 "keep": steps_to_keep(self.run, self.family),
                 "trackers": self.sweep.spec.track,
             }
@@ -196,21 +189,30 @@ class _Task:
                 self.announce({"run_id": self.run.run_id, **how})
             return train(self.run.config, self.run.path, on_step=self._follow, guard=self.lease.check, **how)
 
+        trunk = self.trunk
         try:
-            return once()
+            try:
+                return once(trunk)
+            except UnusableBranchError as error:
+                trunk = None
+                self._note(str(error))
+                return once(trunk)
         except Exception as error:
             note = lower_memory(self.run, _last_line(error)) if is_out_of_memory(error) else None
             if note is None or self.announce is not None:
                 raise
-            self.beat.update(note=note)
-            print(note, file=sys.stderr, flush=True)
+            self._note(note)
         # The traceback holds the tensors of the failed try: only outside of its handler are they free.
         gc.collect()
         import torch
 
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return once()
+        return once(trunk)
+
+    def _note(self, note: str) -> None:
+        self.beat.update(note=note)
+        print(note, file=sys.stderr, flush=True)
 
     def _follow(self, progress: "Progress") -> None:
         loss = progress.loss_nats if math.isfinite(progress.loss_nats) else None

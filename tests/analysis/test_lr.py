@@ -8,6 +8,7 @@ import yaml
 from analysis.lr import analyse_transfer, format_transfer, save_transfer, tuned_yaml
 from dlcm.errors import UserError
 from sweeps import Sweep, plan
+from sweeps.doubts import plan_doubts
 from tests.sweeps.tiny import sweep_dict
 
 RATES = tuple(1e-3 * 1.5**k for k in range(7))
@@ -206,3 +207,27 @@ def test_a_seed_that_shifts_all_rates_does_not_move_the_best_one():
         assert curve.best == pytest.approx(RATES[3], rel=1e-6)
         assert [curve.levels[i] for i in range(3)] == pytest.approx([-0.2, 0.0, 0.2], abs=1e-9)
         assert curve.residual[0] == pytest.approx(0, abs=1e-12)
+
+
+def test_rates_that_are_used_far_from_where_they_were_tuned_are_doubted(tmp_path):
+    """The sweep has steps of 128 tokens and runs of 1,024."""
+    content = yaml.safe_load(tuned_yaml(analyse_transfer(planted())))
+
+    def doubts(**changes):
+        (tmp_path / "lr.yaml").write_text(yaml.safe_dump({**content, "tokens": 1024, **changes}))
+        return plan_doubts(plan(Sweep.from_dict(sweep_dict(tmp_path, tuned="lr.yaml"), folder=tmp_path)))
+
+    assert doubts() == doubts(tokens=10_240, batch_tokens=256) == ()
+    (moved,) = doubts(source=content["source"] | {"transfers": False})
+    assert "did not stay in place" in moved
+    (batch,) = doubts(batch_tokens=512)
+    assert "lr.yaml: 3 of 3 runs have batch_tokens up to 4 times away from the 512" in batch
+    (tokens,) = doubts(tokens=20_480)
+    assert "tokens up to 20 times away from the 20,480" in tokens
+
+
+def test_windows_of_several_lengths_are_judged_on_other_text_and_the_plan_says_so(tmp_path):
+    data = sweep_dict(tmp_path)
+    data["axes"]["grid"]["data.seq_len"] = [32, 64]
+    (doubt,) = plan_doubts(plan(Sweep.from_dict(data, folder=tmp_path)))
+    assert doubt.startswith("data.seq_len takes 2 values (32, 64)")

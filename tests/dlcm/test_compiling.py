@@ -64,6 +64,20 @@ def test_a_shape_is_measured_once_and_another_shape_anew(tmp_path):
     assert clock.calls == [False, True] * 3
 
 
+def test_other_ranks_sharing_and_recomputation_are_other_shapes(tmp_path):
+    clock = Clock(1.0, 0.5, 60.0)
+    ways = [(config(), 1), (config(), 2), (config(parallel="fsdp"), 2), (config(activation_checkpointing=True), 1)]
+    for run, n_ranks in ways * 2:
+        choose_compile(run, tmp_path, "cuda", "GPU", clock, n_ranks=n_ranks)
+    assert clock.calls == [False, True] * len(ways)
+
+
+def test_a_cache_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DLCM_CACHE", str(tmp_path / "file" / "cache"))
+    assert choose_compile(config(), tmp_path, "cuda", "GPU", Clock(1.0, 0.5, 60.0))
+
+
 def test_figures_that_cannot_be_read_are_measured_again(tmp_path):
     clock = Clock(1.0, 0.5, 60.0)
     choose_compile(config(), tmp_path, "cuda", "GPU", clock)

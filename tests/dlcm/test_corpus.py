@@ -92,6 +92,43 @@ def test_a_damaged_compressed_file_is_named(tmp_path, suffix):
         documents(path)
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("n_frames", [1, 3])
+def test_a_compressed_file_that_ends_too_early_is_named(tmp_path, suffix, n_frames):
+    """Wherever it was cut: inside the last frame, and so near its end that nothing but the checksum is missing."""
+    import zstandard
+
+    path = tmp_path / f"x.jsonl{suffix}"
+    pack = gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor(write_checksum=True).compress
+    packed = b"".join(
+        pack(b"".join(b'{"text": "%d %d"}\n' % (part, i * i) for i in range(3000))) for part in range(n_frames)
+    )
+    path.write_bytes(packed)
+    assert len(documents(path)) == 3000 * n_frames
+    for cut in (len(packed) - 2, len(packed) - 200):
+        path.write_bytes(packed[:cut])
+        with pytest.raises(UserError, match=rf"x\.jsonl{suffix}: damaged after line"):
+            documents(path)
+
+
+def test_a_line_nested_too_deeply_is_named(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": ' + "[" * 200_000 + "\n")
+    with pytest.raises(UserError, match=r"x\.jsonl:2: not valid JSON"):
+        documents(tmp_path / "x.jsonl")
+
+
+def test_linked_folders_are_read_once_and_a_link_back_is_no_trap(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("b")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "a.txt").write_text("a")
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "linked again").symlink_to(tmp_path / "elsewhere")
+    (root / "up").symlink_to(root)
+    assert documents(root) == ["a", "b"]
+
+
 def test_parquet_is_read_and_a_missing_column_named(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -142,6 +179,8 @@ def test_text_that_is_not_utf8_is_refused_by_name(tmp_path):
         ("hf:", "needs the name"),
         ("no/such/file.txt", "no/such/file.txt: no such file or folder"),
         ("missing.jsonl", "missing.jsonl: no such file or folder"),
+        ("", "data.corpus: empty; give stdlib"),
+        ("~nobody-of-this-name/x.txt", "data.corpus: ~nobody-of-this-name/x.txt: .*write the path out"),
     ],
 )
 def test_an_unknown_or_missing_corpus_is_named_with_the_way_out(corpus, message):

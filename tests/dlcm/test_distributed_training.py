@@ -169,6 +169,20 @@ def test_a_rank_that_cannot_be_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        ({"RANK": "abc", "WORLD_SIZE": "2"}, "RANK = 'abc'"),
+        ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE = ''"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "x"}, "MASTER_PORT = 'x'"),
+        ({"SLURM_STEP_NUM_TASKS": "two"}, "SLURM_STEP_NUM_TASKS = 'two'"),
+    ],
+)
+def test_a_variable_that_is_no_number_is_named(environment, name):
+    with pytest.raises(UserError, match=f"{name} in the environment: expected a whole number"):
+        rendezvous(environment)
+
+
+@pytest.mark.parametrize(
     ("nodes", "host"), [("a", "a"), ("a,b", "a"), ("n[07-12,20]", "n07"), ("n[3,5]-ib,x", "n3-ib"), ("a1,b[1-2]", "a1")]
 )
 def test_the_first_host_of_a_node_list(nodes, host):

@@ -134,7 +134,7 @@ def test_a_vocabulary_with_gaps_and_no_end_of_text_is_refused():
 def test_the_directory_holds_all_that_is_needed_and_where_it_is_from(trained, tmp_path):
     done = export_hf(trained, tmp_path / "out")
     assert done.files == ("config.json", "dlcm.json", "pytorch_model.bin", "tokenizer.json", "tokenizer_config.json")
-    model, config = load_trained(trained)
+    model, config, _ = load_trained(trained)
     assert done.n_parameters == sum(p.numel() for p in model.parameters())
     told = json.loads((tmp_path / "out" / "dlcm.json").read_text())
     assert (told["run_id"], told["checkpoint"]) == (config.run_id, "step-00000060.pt")
@@ -191,7 +191,7 @@ def test_transformers_reads_it_and_gives_the_same_logits(trained, tmp_path):
 
     folder = str(export_hf(trained, tmp_path / "out").path)
     theirs, their_tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    model, config = load_trained(trained)
+    model, config, _ = load_trained(trained)
     tokenizer = open_corpus(config.data).tokenizer
     ids = [tokenizer.eot_id, *tokenizer.encode(TEXT).tolist()]
     assert their_tokenizer.encode(TEXT) == ids
@@ -213,7 +213,7 @@ def test_lm_evals_own_class_gives_the_same_accuracies_and_log_likelihoods(traine
         "".join(json.dumps({"text": f"{i} of the and of the"}) + "\n" for i in range(40))
     )
     tasks = [jsonl_task(tmp_path / f"{name}.jsonl") for name in ("words", "last")]
-    model, config = load_trained(trained)
+    model, config, _ = load_trained(trained)
     ours = HarnessModel(model, open_corpus(config.data).tokenizer, config.data.seq_len)
     folder = str(export_hf(trained, tmp_path / "out").path)
     theirs = HFLM(pretrained=folder, tokenizer=folder, device="cpu", dtype="float32", batch_size=8)

@@ -8,11 +8,13 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import tokenizers
 
 from dlcm import build, encoders, shards
 from dlcm.config import DataConfig
+from dlcm.corpus import open_source
 from dlcm.errors import UserError
-from dlcm.shards import open_corpus
+from dlcm.shards import Batch, open_corpus
 from dlcm.tokens import Tokenizer
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
@@ -396,6 +398,50 @@ def test_a_corpus_that_cannot_be_split_is_refused(tmp_path, cache, texts):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     with pytest.raises(UserError, match="at least two different documents"):
         open_corpus(DataConfig(corpus=str(path), tokenizer="bytes"))
+
+
+@pytest.mark.parametrize(
+    ("texts", "share", "message"),
+    [
+        (
+            [f"text {i}" for i in range(400)],
+            1e-9,
+            "validation_share: 1e-09 leaves none of the 400.* for validation; give a larger",
+        ),
+        ([f"text {i}" for i in range(400)], 0.999999, "for train; give a smaller share"),
+        (["a", "b", "c"] * 100, 1e-9, "for validation; .*more different documents"),
+    ],
+)
+def test_a_share_that_leaves_a_split_empty_is_refused_and_nothing_is_kept(tmp_path, cache, texts, share, message):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for _ in range(2):  # the second time is no different
+        with pytest.raises(UserError, match=message):
+            open_corpus(DataConfig(corpus=str(path), tokenizer="bytes", validation_share=share))
+        assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+def test_bytes_that_a_tokenizer_drops_count_all_the_same(tmp_path, cache):
+    """Blanks between words have no token and unknown words one of no length: all targets together are still all the text."""
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<unk>": 0, **{w: i for i, w in enumerate(WORDS, 1)}}, "<unk>")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.save(str(tmp_path / "words.json"))
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    config = DataConfig(corpus=str(tmp_path / "x.jsonl"), tokenizer=str(tmp_path / "words.json"), validation_share=0.2)
+    split = (corpus := open_corpus(config)).validation
+    spelt = int(corpus.tokenizer.byte_lengths[np.asarray(split.tokens)].sum())
+    assert spelt < 0.95 * split.n_bytes
+    whole = Batch(np.asarray(split.tokens), np.asarray(split.tokens), np.zeros(1), np.zeros(1))
+    assert corpus.target_bytes(whole) == pytest.approx(split.n_bytes)
+
+
+def test_tokenizers_of_like_names_have_caches_of_their_own(source):
+    names = ["hub:org/my_model", "hub:org/mymodel", "bpe-4_000", "bpe-4000"]
+    keys = [shards._cache_key(open_source(c), c) for c in (DataConfig(corpus=str(source), tokenizer=n) for n in names)]
+    assert len(set(keys)) == 3
+    assert keys[2] == keys[3]
 
 
 def test_a_split_shorter_than_a_window_is_refused_when_it_is_drawn_from(tmp_path):

@@ -12,6 +12,7 @@ from dlcm.config import RunConfig
 from dlcm.domains import DOMAINS, label_tokens
 from dlcm.errors import UserError
 from dlcm.micro_batch import micro_batches
+from dlcm.opened import open_run
 from dlcm.prepare import prepare_model
 from dlcm.record import RunBusyError, read_metrics, run_lock
 from dlcm.shards import open_corpus
@@ -110,6 +111,67 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(corpus_path, tmp_path
 
 
 @pytest.mark.slow
+def test_a_finished_run_is_never_opened_with_other_weights_than_its_result_has(corpus_path, tmp_path):
+    config = make_config(corpus_path)
+    whole = train(config, tmp_path / "whole")
+    train(config, tmp_path / "torn")
+    newest, before = checkpoint.checkpoint_paths(tmp_path / "torn")
+    newest.write_bytes(newest.read_bytes()[:1000])
+    for use in (checkpoint.load_trained, open_run):
+        with pytest.raises(
+            UserError, match=rf"{newest}: missing or damaged.*delete .*result.json.*goes on from {before.name}"
+        ):
+            use(tmp_path / "torn")
+    (
+        tmp_path / "torn" / "result.json"
+    ).unlink()  # as the message says; until then what is there is that of a run on its way
+    assert open_run(tmp_path / "torn").checkpoint == before.name
+    assert train(config, tmp_path / "torn").loss_nats == whole.loss_nats
+    assert_same_run(tmp_path / "whole", tmp_path / "torn")
+    assert open_run(tmp_path / "torn").checkpoint == newest.name
+
+
+@pytest.mark.slow
+def test_a_log_that_lost_lines_which_nothing_would_write_again_is_refused(corpus_path, tmp_path):
+    config = make_config(corpus_path)
+    with pytest.raises(Killed):
+        train(config, tmp_path, on_step=kill_at(13))
+    log = tmp_path / "metrics.jsonl"
+    whole = log.read_bytes()
+    log.write_bytes(whole.split(b"\n")[0] + b"\n")
+    with pytest.raises(
+        UserError, match=r"metrics\.jsonl: it ends at step 3, and the checkpoint of step 12 has lines up to 12"
+    ):
+        train(config, tmp_path)
+    log.write_bytes(whole)
+    train(config, tmp_path)
+    assert [row["step"] for row in read_metrics(log)] == [3, 6, 9, 12, 15, 18, 20]
+
+
+def test_what_killed_writers_left_is_cleared_and_a_file_in_place_of_a_run_is_named(corpus_path, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    drafts = [run / ".result.json.17.tmp", run / "checkpoints" / ".step-00000004.pt.18.tmp"]
+    for draft in drafts:
+        draft.write_bytes(b"torn")
+    train(make_config(corpus_path, tokens=2 * 512), run)
+    assert not [draft for draft in drafts if draft.exists()]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: a file, where the directory of a run is wanted"):
+        train(make_config(corpus_path), tmp_path / "file")
+
+
+def test_settings_that_a_run_could_not_honour_are_refused(corpus_path):
+    config = make_config(corpus_path).model_dump()
+    with pytest.raises(ValueError, match="measure_stable: a cosine schedule has no stable part"):
+        RunConfig.model_validate(
+            config | {"optim": {"schedule": "cosine"}, "train": config["train"] | {"measure_stable": True}}
+        )
+    with pytest.raises(ValueError, match="seed"):
+        RunConfig.model_validate(config | {"seed": 2**64})
+
+
+@pytest.mark.slow
 def test_when_no_checkpoint_is_readable_the_error_names_the_folder(corpus_path, tmp_path):
     config = make_config(corpus_path)
     with pytest.raises(Killed):
@@ -179,7 +241,7 @@ def test_logged_boundary_statistics_are_those_of_the_interval(corpus_path, tmp_p
             assert mean[name] == pytest.approx(sum(row[name] for row in inside) / 3, rel=1e-9)
         assert mean["tokens_per_concept"] == pytest.approx(1 / mean["boundary_rate"], rel=1e-12)
         assert mean["boundary_offset"] == inside[-1]["boundary_offset"]
-    model, _ = checkpoint.load_trained(tmp_path / "each")
+    model, *_ = checkpoint.load_trained(tmp_path / "each")
     assert rows[-1]["boundary_offset"] == float(model.boundary.offset_sample)
 
 
@@ -222,7 +284,7 @@ def test_the_validation_loss_is_that_of_a_loop_over_documents(corpus_path, tmp_p
     """Independent: each piece between two cu_seqlens alone, in float64, with bytes counted by decoding."""
     config = make_config(corpus_path)
     train(config, tmp_path)
-    model, _ = checkpoint.load_trained(tmp_path)
+    model, *_ = checkpoint.load_trained(tmp_path)
     corpus = open_corpus(config.data)
     measured = evaluate_loss(model, corpus, config)
     model.double()
@@ -248,7 +310,7 @@ def test_statistics_by_domain_are_those_of_a_loop_over_tokens_and_add_up(kind, t
     model = dense_config(vocab_size=VOCAB) if kind == "dense" else small_config(vocab_size=VOCAB)
     config = make_config(folder, model, tokens=3 * 512)
     result = train(config, tmp_path / "run")
-    model, _ = checkpoint.load_trained(tmp_path / "run")
+    model, *_ = checkpoint.load_trained(tmp_path / "run")
     corpus = open_corpus(config.data)
     eot, split = corpus.tokenizer.eot_id, corpus.validation
     stream = np.concatenate([label_tokens(split.document(i), corpus.tokenizer) for i in range(split.n_documents)])
@@ -347,7 +409,7 @@ def test_the_ratio_loss_alone_can_be_chosen_and_nothing_is_calibrated_then(corpu
     result = train(make_config(corpus_path, model, tokens=150 * 1024, batch_tokens=1024), tmp_path)
     assert result.tokens_per_concept_train == pytest.approx(2.0, rel=0.1)
     assert result.tokens_per_concept_uncalibrated is None
-    trained, _ = checkpoint.load_trained(tmp_path)
+    trained, *_ = checkpoint.load_trained(tmp_path)
     assert float(trained.boundary.offset_sample) == float(trained.boundary.offset_threshold) == 0.0
 
 

@@ -3,18 +3,21 @@
 import pytest
 import torch
 
+from dlcm.checkpoint import checkpoint_paths
 from dlcm.config import RunConfig
 from dlcm.errors import UserError
 from dlcm.optim import lr_factor
+from dlcm.record import read_metrics
 from dlcm.train import load_result, train
-from dlcm.trunk import branch_path
+from dlcm.trainer import Trainer
+from dlcm.trunk import UnusableBranchError, branch_path
 from tests.dlcm.conftest import dense_config, small_config
 from tests.dlcm.test_train import VOCAB, Killed, assert_same_run, cache, corpus_path, kill_at, make_config  # noqa: F401
 
 
 def of_length(config: RunConfig, n_steps: int, **optim) -> RunConfig:
     blocks = config.model_dump()
-    blocks["train"] |= {"tokens": n_steps * 512, "measure_stable": True}
+    blocks["train"] |= {"tokens": n_steps * 512, "measure_stable": optim.get("schedule") != "cosine"}
     blocks["optim"] |= {"warmup_tokens": 2 * 512, **optim}
     return RunConfig.model_validate(blocks)
 
@@ -120,7 +123,7 @@ def test_a_branch_of_another_run_is_refused(corpus_path, tmp_path):  # noqa: F81
         train(other, tmp_path / "other", trunk=tmp_path / "long")
     path = branch_path(tmp_path / "long", 12)
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UnusableBranchError, match="damaged"):
         train(short, tmp_path / "branch", trunk=tmp_path / "long")
     with pytest.raises(ValueError, match="beyond the 19 stable steps"):
         train(long, tmp_path / "again", keep=[20])
@@ -139,3 +142,28 @@ def test_the_stable_loss_is_measured_where_the_decay_begins_and_changes_nothing(
     assert told.loss_nats_stable == train(ends, tmp_path / "ends").loss_nats
     assert told.loss_nats_stable != told.loss_nats
     assert torch.isfinite(torch.tensor(told.loss_nats_stable))
+
+
+@pytest.mark.slow
+def test_a_branch_has_all_lines_of_the_log_though_its_trunk_was_cut_back(corpus_path, tmp_path):  # noqa: F811
+    """The trunk is killed behind the branch, before its next checkpoint, and again while it catches up."""
+    base = make_config(corpus_path, checkpoint_every=10)
+    long, short = of_length(base, 40), of_length(base, 20)
+    train(short, tmp_path / "alone")
+    for step in (18, 11):
+        with pytest.raises(Killed):
+            train(long, tmp_path / "long", keep=[short.n_stable_steps], on_step=kill_at(step))
+    assert max(row["step"] for row in read_metrics(tmp_path / "long" / "metrics.jsonl")) < short.n_stable_steps
+    train(short, tmp_path / "branch", trunk=tmp_path / "long")
+    assert_same_run(tmp_path / "alone", tmp_path / "branch")
+
+
+@pytest.mark.slow
+def test_a_branch_that_diverges_can_go_back_to_where_it_left_the_trunk(corpus_path, tmp_path, monkeypatch):  # noqa: F811
+    base = make_config(corpus_path, checkpoint_every=10)
+    long, short = of_length(base, 40), of_length(base, 20)
+    train(long, tmp_path / "long", keep=[short.n_stable_steps])
+    monkeypatch.setattr(Trainer, "_divergence", lambda self, *_: "told so" if self.step == 18 else None)
+    result = train(short, tmp_path / "branch", trunk=tmp_path / "long")
+    assert (result.status, result.last_good_step) == ("diverged", short.n_stable_steps)
+    assert [path.name for path in checkpoint_paths(tmp_path / "branch")] == ["step-00000016.pt"]

@@ -1,5 +1,6 @@
 """Runs that share a trunk: who is trained whole, who branches, and what happens when the trunk does not come."""
 
+import json
 import math
 import multiprocessing
 
@@ -7,6 +8,8 @@ import pandas as pd
 import pytest
 
 from dlcm.record import read_json, write_json
+from dlcm.trunk import UnusableBranchError
+from flops import count
 from flops.hardware import Hardware, accelerator
 from sweeps import claim, trunks
 from sweeps.collect import collect
@@ -16,7 +19,7 @@ from sweeps.resources import group_runs
 from sweeps.spec import ClusterConfig
 from sweeps.store import load_sweep, save_sweep
 from sweeps.worker import work
-from tests.sweeps.tiny import FakeTrain, make_plan, result_json
+from tests.sweeps.tiny import FakeTrain, finish, make_plan, result_json
 
 
 def family_plan(folder, lengths=(20, 30, 40), seeds=(0,), **more):
@@ -221,3 +224,67 @@ def test_a_retry_of_a_branch_alone_trains_it_without_its_trunk(tmp_path, monkeyp
     resubmit(tmp_path / "s", "debug", run_ids=[short], threads=1)
     assert fake.branched == {20: None}
     assert read_json(tmp_path / "s" / short / "result.json")["status"] == "finished"
+
+
+def test_a_later_submission_branches_from_a_trunk_that_an_earlier_one_finished(folder, monkeypatch):
+    fake = FakeTrunkTrain().install(monkeypatch)
+    work(folder, submission=1, capture=False, stop=lambda: any(folder.glob("*/result.json")))
+    assert fake.branched == {40: None}
+    left = [run.run_id for run in load_sweep(folder).runs if run.n_steps < 40]
+    work(folder, submission=2, capture=False, only=left)
+    assert fake.branched == {40: None, 30: 40, 20: 40}
+    assert not list(folder.glob("*/branches/*.pt"))
+
+
+def test_a_trunk_sent_out_alone_keeps_what_the_others_will_need(folder, monkeypatch):
+    FakeTrunkTrain().install(monkeypatch)
+    long = next(run for run in load_sweep(folder).runs if run.n_steps == 40)
+    work(folder, submission=1, capture=False, only=[long.run_id])
+    assert sorted(path.name for path in long.path.glob("branches/*.pt")) == ["step-00000016.pt", "step-00000024.pt"]
+
+
+def test_nobody_waits_for_a_trunk_that_stands_behind_the_branch_already(folder):
+    (family,) = trunks.families(load_sweep(folder).runs).values()
+    short, middle, long = family
+    (long.path / "checkpoints").mkdir(parents=True)
+    checkpoint = long.path / "checkpoints" / "step-00000015.pt"
+    checkpoint.touch()
+    is_long = lambda run: run is long  # noqa: E731
+    assert trunks.start_of(short, family, is_long) == trunks.Start(ready=False)
+    checkpoint.rename(checkpoint.with_name("step-00000016.pt"))
+    assert trunks.start_of(short, family, is_long) == trunks.Start(ready=True)
+    assert trunks.start_of(middle, family, is_long) == trunks.Start(ready=False)
+
+
+def test_a_run_is_trained_alone_where_the_state_kept_for_it_is_damaged(folder, monkeypatch):
+    class Torn(FakeTrunkTrain):
+        def __call__(self, config, run_dir, *, trunk=None, **more):
+            if trunk is not None and config.n_steps == 20:
+                raise UnusableBranchError("step-00000016.pt: damaged")
+            return super().__call__(config, run_dir, trunk=trunk, **more)
+
+    fake = Torn().install(monkeypatch)
+    report = work(folder, submission=1, capture=False)
+    assert (len(report.finished), report.failed) == (3, [])
+    assert fake.branched == {40: None, 30: 40, 20: None}
+    short = min(load_sweep(folder).runs, key=lambda run: run.n_steps)
+    assert "damaged" in read_json(short.path / "status.json")["note"]
+
+
+def test_the_marginal_costs_of_a_family_sum_to_what_was_trained_though_the_trunk_diverged(folder):
+    short, middle, long = load_sweep(folder).runs
+    finish(long, "diverged", tokens=36 * 128, step=36)
+    log = long.path / "metrics.jsonl"
+    rows = [{"step": step, "boundary_rate": 0.2 if step <= 12 else 0.25} for step in (12, 36)]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for run in (short, middle):
+        finish(run, tokens_per_concept_train=4.0, trunk=long.run_id, trunk_tokens=run.n_stable_steps * 128)
+    frame = collect(folder).set_index("run_id")
+    at = frame.loc[long.run_id]
+    assert at["tokens_per_concept_train"] is pd.NA or math.isnan(at["tokens_per_concept_train"])
+    model, seq_len = long.config.model, long.config.data.seq_len
+    realised = 36 / (12 * 0.2 + 24 * 0.25)
+    of_long = 36 * 128 * count(model, seq_len, realised).training_per_token
+    assert at["flops_train_marginal"] == pytest.approx(of_long)
+    branches = 128 * (4 + 6) * count(model, seq_len, 4.0).training_per_token
+    assert frame["flops_train_marginal"].sum() == pytest.approx(of_long + branches)
