@@ -244,15 +244,23 @@ class PairedRows:
 
 
 def match_baselines(table: pd.DataFrame, seeds: Sequence[str]) -> dict[int, int]:
-    """Row of a DLCM -> row of its dense baseline: of the nearest training FLOPs within 10%, of its seed if there is one."""
+    """Row of a DLCM -> row of its dense baseline: the best model of training FLOPs within 10%, of its seed if there is one.
+
+    The best is that of least validation loss, which is known far better than an accuracy is: of several dense shapes at one
+    budget, a DLCM must beat the one that one would train.
+    """
     dense, others = _families(table)
     cost = _numbers(table, "flops_train")
+    loss = _numbers(table, "loss_nats") if "loss_nats" in table else np.full(len(table), np.nan)
+    loss = np.where(np.isfinite(loss), loss, np.inf)
     found = {}
     for row in others.tolist():
         away = np.abs(np.log(cost[dense] / cost[row])) if dense.size else np.empty(0)
         near = dense[away <= np.log(SAME_COST)]
         if near.size:
-            order = sorted(near.tolist(), key=lambda d: (seeds[d] != seeds[row], abs(np.log(cost[d] / cost[row]))))
+            order = sorted(
+                near.tolist(), key=lambda d: (seeds[d] != seeds[row], loss[d], abs(np.log(cost[d] / cost[row])))
+            )
             found[row] = order[0]
     return found
 
@@ -275,8 +283,8 @@ def _add_differences(table: pd.DataFrame, compared: PairedRows, seeds: Sequence[
         table[name] = values if name == "baseline" else np.array(values, dtype=float)
     how = "paired by item" if compared.paired else "not paired: no outcomes of single items"
     notes.append(
-        f"gain: average less that of the dense run of nearest training FLOPs (within {SAME_COST - 1:.0%}), percentage points, "
-        f"95% interval over items, {how}; the scatter between seeds is not in it."
+        f"gain: average less that of the dense run of least loss at equal training FLOPs (within {SAME_COST - 1:.0%}), "
+        f"percentage points, 95% interval over items, {how}; the scatter between seeds is not in it."
     )
 
 

@@ -105,19 +105,39 @@ class Allocation:
                     f"law {self.result.law.name}: {what or self.stated} need another {name} than the runs have, which hold one "
                     f"({self.result.describe_range(name)}); what it does to the loss is not known; add runs with others"
                 )
-        sound = self.result.sound
-        if limit is not None and not (np.isfinite(limit) and limit >= 0):
-            raise UserError(f"limit = {limit:g} decades; give a number, 0 or above")
-        allowed = limit if limit is not None else LIMIT if sound else LIMIT_UNSOUND
-        if force or max(outside.values(), default=0.0) <= allowed + INSIDE:
-            return outside
-        far = ", ".join(f"{k} by {v:.2g} decades" for k, v in outside.items())
-        state = "" if sound else f"the fit is {self.result.status}, and "
-        mend = "" if sound else "mend the fit, "
-        raise UserError(
-            f"law {self.result.law.name}: {state}{what or self.stated} lie outside the data ({far}; {allowed:g} are allowed); "
-            f"{mend}choose a budget inside the data, raise limit (--limit), or pass force=True (--force)"
-        )
+        refuse_outside(self.result, outside, f"{what or self.stated} lie", "a budget", limit=limit, force=force)
+        return outside
+
+
+def refuse_outside(
+    result: FitResult, outside: Mapping[str, float], what: str, choose: str, *, limit: float | None, force: bool
+) -> None:
+    """Refuse what lies too far outside the data of a fit.
+
+    Args:
+        result: the fit.
+        outside: decades by name.
+        what: lies outside, with its verb.
+        choose: what to choose inside the data instead.
+        limit: decades that are allowed; 1 for a sound fit and 0.3 for one that is not by default.
+        force: allow any distance.
+
+    Raises:
+        UserError: how far, how far is allowed, and the way out.
+    """
+    sound = result.sound
+    if limit is not None and not (np.isfinite(limit) and limit >= 0):
+        raise UserError(f"limit = {limit:g} decades; give a number, 0 or above")
+    allowed = limit if limit is not None else LIMIT if sound else LIMIT_UNSOUND
+    if force or max(outside.values(), default=0.0) <= allowed + INSIDE:
+        return
+    far = ", ".join(f"{k} by {v:.2g} decades" for k, v in outside.items())
+    state = "" if sound else f"the fit is {result.status}, and "
+    mend = "" if sound else "mend the fit, "
+    raise UserError(
+        f"law {result.law.name}: {state}{what} outside the data ({far}; {allowed:g} are allowed); "
+        f"{mend}choose {choose} inside the data, raise limit (--limit), or pass force=True (--force)"
+    )
 
 
 def allocate(

@@ -165,7 +165,8 @@ def lr_verb(
     files = [find_results(path) for path in results]
     mapping = parse_columns(columns) if columns else {}
     tables = [Mapped(read_table(file), mapping, str(file)).with_columns() for file in files]
-    transfer = analyse_transfer(pd.concat(tables, ignore_index=True))
+    source = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+    transfer = analyse_transfer(pd.concat(tables, ignore_index=True), str(source))
     paths = save_transfer(transfer, out or files[0].parent / "lr")
     if as_json:
         show({**transfer_json(transfer), "files": [str(path) for path in paths]})
@@ -226,6 +227,10 @@ def _table_format(fmt: TableFormat | None, out: Path | None) -> Any:
 
     kinds = {kind.value for kind in TableFormat}
     suffix = out.suffix.removeprefix(".").lower() if out else ""
+    if out is not None and fmt is None and suffix not in kinds:
+        raise UserError(
+            f"{out}: the name of a table ends in {', '.join(f'.{kind}' for kind in sorted(kinds))}; or give --format"
+        )
     kind: str = fmt.value if fmt else suffix if suffix in kinds else "md"
     if kind == "parquet" and out is None:
         raise UserError("--format parquet is not for a terminal; name a file: --out table.parquet")

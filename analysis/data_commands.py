@@ -68,7 +68,7 @@ def hygiene_verb(
     from analysis.data import records
     from analysis.fit import fit
     from analysis.hygiene import examine
-    from analysis.sensitivity import drop_curve
+    from analysis.sensitivity import drop_curve, has_exponent
     from analysis.tables import format_table
 
     check_figure("--plot", plot)
@@ -78,8 +78,10 @@ def hygiene_verb(
         result = fit(chosen, data, seed=seed, n_bootstrap=bootstrap)
         rows = data.of_family(chosen.family)
         wanted = [k for k in _numbers(ks) if len(rows) - k > result.n_free]
-        tell(f"fitting without the {', '.join(map(str, wanted))} largest losses")
-        curve = drop_curve(result.law, rows, wanted, seed=seed, n_bootstrap=bootstrap) if result.law.free else None
+        curve = None
+        if wanted and has_exponent(result.law):
+            tell(f"fitting without the {', '.join(map(str, wanted))} largest losses")
+            curve = drop_curve(result.law, rows, wanted, seed=seed, n_bootstrap=bootstrap)
     findings, gaps = examine(data, result), find_gaps(data)
     files = []
     if plot is not None and curve is not None:
@@ -103,6 +105,11 @@ def hygiene_verb(
     lines += [f"- {finding.describe()}" for finding in findings] or ["- nothing to warn about"]
     if curve is not None:
         lines += ["", f"{law}: {curve.describe()}", "", format_table(curve.rounded(), "md").rstrip()]
+    else:
+        lines += [
+            "",
+            f"{law}: no fits without the largest losses: {len(rows)} runs are too few, or no exponent is free",
+        ]
     show("\n".join([*lines, *(f"-> {file}" for file in files)]))
 
 
@@ -200,6 +207,7 @@ def _accuracies(
     tell: "Callable[[str], None]",
 ) -> "list[Accuracy]":
     """At the best allocation of each budget and at each choice, under the law of each family."""
+    from analysis.allocation import refuse_outside
     from analysis.cost import require_priced
     from analysis.optimum import optimum
     from dlcm.errors import UserError
@@ -218,7 +226,10 @@ def _accuracies(
         if not able:
             needs = " or ".join(", ".join(f.law.inputs) for f in fits.values())
             raise UserError(f"--at {','.join(choice)}: a law of the loss needs {needs}; give these and no other")
-        found += [curve.at(fitted, **choice) for fitted in able]
+        for fitted in able:
+            place = ", ".join(f"{name} = {value:.3g}" for name, value in choice.items())
+            refuse_outside(fitted, fitted.outside(**choice), f"{place} lies", "one", **search)
+            found.append(curve.at(fitted, **choice))
     return found
 
 

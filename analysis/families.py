@@ -1,5 +1,6 @@
 """What holds for the families of models in a set of runs: the law of each, and the budget that stands for them."""
 
+import math
 from collections.abc import Callable, Iterable
 
 from analysis import laws
@@ -40,6 +41,17 @@ def fit_families(
             tell(f"fitting {law.name} to {count_runs(n_runs)}, {n_bootstrap} bootstrap refits")
             found[family] = fit(law, data, seed=seed, n_bootstrap=n_bootstrap)
     return found
+
+
+def require_budget(budget: float) -> float:
+    """A budget that was asked for.
+
+    Raises:
+        UserError: no number above 0.
+    """
+    if not (math.isfinite(budget) and budget > 0):
+        raise UserError(f"--budget {budget:g}: give training FLOPs, a number above 0")
+    return float(budget)
 
 
 def largest_budget(data: ResultsData) -> float:

@@ -87,6 +87,7 @@ def plot_verb(
 
     Without a name, all that the data allow; the others are listed with the reason.
     """
+    from analysis.families import require_budget
     from analysis.figures import FIGURES, find_figure, save_figures
     from dlcm.errors import UserError
 
@@ -104,7 +105,7 @@ def plot_verb(
     with progress() as tell:
         data = load(results, columns, where, exclude, drop, n=n)
         settings = {
-            "asked": budget,
+            "asked": None if budget is None else require_budget(budget),
             "seed": seed,
             "n_bootstrap": bootstrap,
             "tell": tell,

@@ -1,6 +1,7 @@
 """The best allocation over a range of budgets: how N, D, R and P grow with what is spent, and where that leaves the data."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from analysis.allocation import Allocation, Bounds, allocate
 from analysis.budget import Cost
 from analysis.convention import Convention
 from analysis.intervals import ends, interval
-from analysis.optimum import describe_outside, fit_notes, judge_choice
+from analysis.optimum import Choice, describe_outside, fit_notes, judge_choices
 from analysis.result import FitResult
 from dlcm.errors import UserError
 
@@ -27,8 +28,9 @@ class Exponent:
 
     Attributes:
         name: N, D, R or P.
-        value: a of x* ~ budget^a, the slope of log x* on log budget by least squares over the budgets at which x* is identified;
-            of P, which is a share, the change of P* over a decade of budgets.
+        value: a of x* ~ budget^a, the slope of log x* on log budget by least squares over the budgets at which x* is identified
+            and the same others lie on an edge of what was searched; of P, which is a share, the change of P* over a decade
+            of budgets.
         low: lower end of the 95% interval over the bootstrap refits; None without. high: upper end.
         status: `ok`, `held`, or `not identified`. reason: why, or over which budgets.
     """
@@ -215,10 +217,8 @@ def frontier(
         draws.append(problem.replicates())
     table, refits = np.stack(points), np.stack(draws, axis=1)  # (n, 5), (refits, n, 5)
     low, high = interval(refits) if len(refits) else (None, None)
-    judged = {
-        name: [judge_choice(name, problem, best, drawn) for problem, best, drawn in zip(problems, points, draws)]
-        for name in COORDINATES
-    }
+    by_budget = [judge_choices(problem, best, drawn) for problem, best, drawn in zip(problems, points, draws)]
+    judged = {name: [choices[name] for choices in by_budget] for name in COORDINATES}
     first: Allocation = problems[0]
     return Frontier(
         law=first.law.name,
@@ -232,8 +232,7 @@ def frontier(
         outside=tuple(outside),
         data={name: result.ranges[name] for name in (*COORDINATES, "C")},
         exponents=tuple(
-            _exponent(name, spent, table[:, i], refits[:, :, i], [(c.status, c.reason) for c in judged[name]])
-            for i, name in enumerate(COORDINATES)
+            _exponent(name, spent, table[:, i], refits[:, :, i], judged[name]) for i, name in enumerate(COORDINATES)
         ),
         notes=fit_notes(result),
         convention=result.convention,
@@ -241,13 +240,18 @@ def frontier(
     )
 
 
-def _exponent(name: str, budgets: Array, values: Array, refits: Array, judged: list[tuple[str, str]]) -> Exponent:
-    """The slope over the budgets at which the coordinate is identified."""
-    known = np.array([status == "ok" for status, _ in judged])
-    if not known.any() and judged[0][0] == "held":
-        return Exponent(name, None, None, None, "held", judged[0][1])
+def _exponent(name: str, budgets: Array, values: Array, refits: Array, judged: Sequence[Choice]) -> Exponent:
+    """The slope over the budgets at which the coordinate is identified, the same others being on an edge at all of them."""
+    fine = [choice.status == "ok" for choice in judged]
+    if not any(fine) and judged[0].status == "held":
+        return Exponent(name, None, None, None, "held", judged[0].reason)
+    # Where another coordinate meets its edge the slope has a kink: no line goes through both sides.
+    counts = Counter(choice.given for choice in judged if choice.status == "ok")
+    given = max(counts, key=lambda walls: (counts[walls], -len(walls)), default=())
+    known = np.array([ok and choice.given == given for ok, choice in zip(fine, judged)])
     if known.sum() < min(_FEWEST, len(budgets)):
-        reason = next(reason for status, reason in judged if status != "ok")
+        unknown = [choice.reason for choice in judged if choice.status != "ok"]
+        reason = unknown[0] if unknown else "another coordinate reaches an edge of what was searched between them"
         where = f"at {(~known).sum()} of {len(budgets)} budgets "
         return Exponent(name, None, None, None, "not identified", where + reason)
     x = np.log10(budgets[known])
@@ -256,5 +260,9 @@ def _exponent(name: str, budgets: Array, values: Array, refits: Array, judged: l
     low = high = None
     if len(refits):
         low, high = ends(into(refits[:, known]) @ centred)
-    where = "" if known.all() else f"over the {known.sum()} of {len(budgets)} budgets at which it is identified"
-    return Exponent(name, float(into(values[known]) @ centred), low, high, "ok", where)
+    on_edge = [f"given {' and '.join(given)} on the edge of what was searched"] if given else []
+    where = [] if known.all() else [f"over the {known.sum()} of {len(budgets)} budgets at which it is identified"]
+    if not known.all() and sum(fine) > known.sum():
+        where = [f"over {known.sum()} of {len(budgets)} budgets"]
+    slope = float(into(values[known]) @ centred)
+    return Exponent(name, slope, low, high, "ok", ", ".join([*where, *on_edge]))

@@ -22,6 +22,8 @@ from analysis.result import FitResult
 Array = np.ndarray
 MAX_WARMUP_SHARE = 0.1
 MAX_EMBEDDING_SHARE = 0.1
+FEWEST_REFITS = 40
+"""Refits below which percentiles of 2.5 and 97.5 are the extremes, or less."""
 OUTLYING = 5.0
 """Robust standard deviations of the residuals beyond which a run is called an outlier."""
 LEAST_SPARE = 10
@@ -290,6 +292,17 @@ def without_intervals(_: ResultsData, result: FitResult) -> list[Finding]:
     return [Finding("no_intervals", _WARNING, text)]
 
 
+def few_refits(_: ResultsData, result: FitResult) -> list[Finding]:
+    """The ends of a 95% interval are the outermost fortieths of the refits."""
+    n = len(result.replicates)
+    if not 0 < n < FEWEST_REFITS:
+        return []
+    text = (
+        f"{n} bootstrap refit{'s' * (n > 1)}, where a 95% interval needs {FEWEST_REFITS} or more: take no end for one"
+    )
+    return [Finding("few_refits", _WARNING, text)]
+
+
 _OF_DATA: tuple[Callable[[ResultsData], list[Finding]], ...] = (
     missing_cells,
     narrow_span,
@@ -308,6 +321,7 @@ _OF_FIT: tuple[Callable[[ResultsData, FitResult], list[Finding]], ...] = (
     outliers,
     loss_choice,
     without_intervals,
+    few_refits,
 )
 
 

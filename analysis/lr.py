@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from analysis.frames import numeric_column
 from analysis.intervals import ends
 from analysis.lr_curve import Curve, RatedRun
 from analysis.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILION, finish, save_figure
@@ -26,6 +27,8 @@ _NEEDED = (
     "params_total", "params_embedding", "lr_token", "lr_concept", "loss_nats", "status", "d_token", "d_token_base",
     "d_concept", "d_concept_base", "model", "seed", "tokens",
 )  # fmt: skip
+_WHOLE = ("params_total", "params_embedding", "seed", "d_token", "d_token_base", "d_concept", "d_concept_base")
+_NUMBERS = (*_WHOLE, "lr_token", "lr_concept", "loss_nats")
 _STYLES = (
     (BLUE, "o", "-"),
     (VERMILION, "^", "--"),
@@ -45,12 +48,14 @@ class Transfer:
         step: ratio of neighbouring rates of the grid.
         off_diagonal: lowest loss with unequal rates less that with equal ones, nats, by size; empty where none was tried.
         facts: of the runs under muP, for the tuned file.
+        left_out: why runs were left out -> how many.
     """
 
     curves: tuple[Curve, ...]
     step: float
     off_diagonal: Mapping[int, float]
     facts: Mapping[str, Any]
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def of(self, parametrization: str) -> list[Curve]:
         """Curves of a parametrization, by size."""
@@ -118,21 +123,20 @@ class Transfer:
         return min(common, key=lambda rate: sum(curve.excess(rate) for curve in curves))
 
 
-def analyse_transfer(frame: pd.DataFrame) -> Transfer:
+def analyse_transfer(frame: pd.DataFrame, source: str = "results") -> Transfer:
     """Read the results of a sweep over learning rates and sizes.
 
     Args:
-        frame: results.parquet of the sweep; DLCM runs count.
+        frame: results.parquet of the sweep; DLCM runs count, each once.
+        source: where they are from, for messages.
 
     Raises:
-        UserError: a column is missing, or there are fewer than three rates at any size, or no run under muP.
+        UserError: a column is missing or holds something that is no number, there are fewer than three rates at any size, no run
+            under muP, or none there that ended well.
     """
     if absent := [name for name in _NEEDED if name not in frame]:
-        raise UserError(f"results: no column {', '.join(absent)}; collect the sweep again with this version")
-    table: Any = frame  # the stubs of pandas know too many types of a column
-    runs = table[(table["model"] == "dlcm") & table["status"].isin(["finished", "diverged"])].copy()
-    runs["n"] = runs["params_total"] - runs["params_embedding"]
-    runs["loss"] = runs["loss_nats"].where(runs["status"] == "finished", np.inf)
+        raise UserError(f"{source}: no column {', '.join(absent)}; collect the sweep again with this version")
+    runs, left_out = _usable(frame, source)
     own = (runs["d_token_base"] == runs["d_token"]) & (runs["d_concept_base"] == runs["d_concept"])
     several = runs.groupby("d_token_base")["d_token"].transform("nunique") > 1
     runs["parametrization"] = np.where(own & ~several, "standard", "mup")
@@ -149,9 +153,33 @@ def analyse_transfer(frame: pd.DataFrame) -> Transfer:
             curves.append(Curve(str(kind), int(n), int(width), step, points))
     if not any(curve.parametrization == "mup" for curve in curves):
         raise UserError(
-            "results: no size under muP has three learning rates with runs that ended; run more of the sweep"
+            f"{source}: no size under muP has three learning rates with runs that ended; run more of the sweep"
         )
-    return Transfer(tuple(curves), step, _off_diagonal(runs[~equal], curves), _facts(runs))
+    if empty := [c for c in curves if c.parametrization == "mup" and not np.isfinite(list(c.means.values())).any()]:
+        raise UserError(
+            f"{source}: every run of N = {empty[0].n:,} under muP diverged, so that no rate is the best; try lower ones"
+        )
+    return Transfer(tuple(curves), step, _off_diagonal(runs[~equal], curves), _facts(runs), left_out)
+
+
+def _usable(frame: pd.DataFrame, source: str) -> tuple[Any, dict[str, int]]:
+    """DLCM runs that ended, each once, with `n` and with `loss`, infinite where it diverged; and why others were left out."""
+    table: Any = frame  # the stubs of pandas know too many types of a column
+    runs = table[(table["model"] == "dlcm") & table["status"].isin(["finished", "diverged"])].copy()
+    for name in _NUMBERS:
+        runs[name] = numeric_column(runs, name, source)
+    runs["n"] = runs["params_total"] - runs["params_embedding"]
+    runs["loss"] = runs["loss_nats"].where(runs["status"] == "finished", np.inf)
+    rated = (runs["lr_token"] > 0) & (runs["lr_concept"] > 0)
+    twice = runs.duplicated("run_id") if "run_id" in runs else np.zeros(len(runs), bool)
+    faults = {
+        "given twice": twice,
+        "without a loss, though finished": runs["loss"].isna() & ~twice,
+        "without a learning rate above 0": ~rated & runs["loss"].notna() & ~twice,
+        "without a size, width or seed": runs[list(_WHOLE)].isna().any(axis=1) & rated & runs["loss"].notna() & ~twice,
+    }
+    kept = ~np.logical_or.reduce([np.asarray(fault, bool) for fault in faults.values()])
+    return runs[kept], {reason: int(np.sum(fault)) for reason, fault in faults.items() if np.any(fault)}
 
 
 def _off_diagonal(unequal: Any, curves: Sequence[Curve]) -> dict[int, float]:
@@ -211,6 +239,7 @@ def format_transfer(transfer: Transfer) -> str:
             lines.append(f"{kind}: the best rate {moved}; as width^{drift:.2f}")
     for n, less in transfer.off_diagonal.items():
         lines.append(f"unequal rates at N = {n:,}: best loss {less:+.4f} nats beside equal ones")
+    lines += [f"left out: {n} {reason}" for reason, n in transfer.left_out.items()]
     told = {
         True: "the rate transfers",
         False: "the rate does NOT transfer",
@@ -239,7 +268,9 @@ def transfer_json(transfer: Transfer) -> dict[str, Any]:
         "curves": [
             {
                 **dataclasses.asdict(c),
-                "means": c.means,
+                # A run that diverged has no loss; JSON knows no infinity.
+                "runs": [(run.rate, _finite(run.loss), run.seed) for run in c.runs],
+                "means": {rate: _finite(mean) for rate, mean in c.means.items()},
                 "best": c.best,
                 "interval": transfer.interval(c),
                 "inside": c.is_inside,
@@ -248,7 +279,12 @@ def transfer_json(transfer: Transfer) -> dict[str, Any]:
         ],
         "off_diagonal_nats": {str(n): value for n, value in transfer.off_diagonal.items()},
         "facts": dict(transfer.facts),
+        "left_out": dict(transfer.left_out),
     }
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
 
 
 def plot_transfer(ax: Axes, transfer: Transfer, parametrization: str) -> Axes:

@@ -35,6 +35,8 @@ class Choice:
         searched: the range that was searched; for what follows from the budget, the range in the data.
         censored: which ends of the interval are an end of what was searched, beyond which the refits might have gone.
         status: `ok`, `held` (one value in the data), or `not identified`, with the reason.
+        at_edge: `lower` or `upper` where the optimum lies on that edge of what was searched: the best one may lie beyond.
+        given: other coordinates that lie on an edge: value and interval hold for them there, and may not beyond.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Choice:
     status: str
     reason: str = ""
     censored: tuple[bool, bool] = (False, False)
+    at_edge: str = ""
+    given: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """One line: value and interval, or `not identified` and why."""
@@ -55,7 +59,8 @@ class Choice:
             return f"{text} (held: {self.reason})"
         if self.low is None:
             return f"{text}  no interval (no bootstrap)"
-        return f"{text}  95% {self.low:.4g} to {self.high:.4g}{describe_cut(self.censored)}"
+        given = f", given {' and '.join(self.given)} on the edge of what was searched" if self.given else ""
+        return f"{text}  95% {self.low:.4g} to {self.high:.4g}{describe_cut(self.censored)}{given}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -215,7 +220,7 @@ def describe(
         budget=problem.budget,
         unit=problem.unit,
         tokens=problem.tokens,
-        choices=tuple(judge_choice(name, problem, best, replicates) for name in "NDRP"),
+        choices=tuple(judge_choices(problem, best, replicates).values()),
         loss=float(best[4]),
         loss_low=loss_ends[0],
         loss_high=loss_ends[1],
@@ -242,6 +247,13 @@ def fit_notes(result: FitResult) -> tuple[str, ...]:
     if unknown:
         notes.append(f"it rests on constants that are not identified: {', '.join(unknown)}")
     return tuple(notes)
+
+
+def judge_choices(problem: Allocation, best: Array, replicates: Array) -> dict[str, Choice]:
+    """What may be said of N, D, R and P."""
+    found = {name: judge_choice(name, problem, best, replicates) for name in "NDRP"}
+    walls = tuple(name for name, choice in found.items() if choice.at_edge)
+    return {name: dataclasses.replace(c, given=walls) if c.status == "ok" else c for name, c in found.items()}
 
 
 def judge_choice(name: str, problem: Allocation, best: Array, replicates: Array) -> Choice:
@@ -271,7 +283,7 @@ def judge_choice(name: str, problem: Allocation, best: Array, replicates: Array)
         for v, end in ((low, "lower"), (high, "upper"))
     ]
     status = "not identified" if reason else "ok"
-    return Choice(name, value, low, high, searched, status, reason, (at_ends[0], at_ends[1]))
+    return Choice(name, value, low, high, searched, status, reason, (at_ends[0], at_ends[1]), value_at_edge)
 
 
 def _judge_follower(

@@ -106,9 +106,12 @@ def save_figure(figure: Figure, path: str | Path, *, data: ResultsData | None = 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.part{path.suffix}")
     # text stays text in an SVG, and its ids do not change from one run to the next
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dlcm-scaling", "pdf.fonttype": 42}):
-        figure.savefig(temporary, metadata=kinds[path.suffix])
-    temporary.replace(path)
+    try:
+        with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dlcm-scaling", "pdf.fonttype": 42}):
+            figure.savefig(temporary, metadata=kinds[path.suffix])
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -10,12 +10,11 @@ from matplotlib.axes import Axes
 from analysis.optimum import optimum
 from analysis.plots import BLUE, finish, log_axis
 from analysis.result import FitResult
-from analysis.savings import DenseBaseline, Savings, savings
+from analysis.savings import Savings, savings
 from analysis.search import Cost
 from dlcm.errors import UserError
 
 Array = np.ndarray
-_EDGE = 0.01
 _LOWEST = -100.0
 """Percent below which an interval is cut off: a baseline that needs half the FLOPs is lost, by how much more is no matter."""
 
@@ -28,12 +27,14 @@ class BaselineSize:
         size: N of the dense model that is best at the FLOPs which it needs for the loss.
         savings: of the DLCM's best allocation with that loss.
         is_bound: whether the size is the smallest or largest that was run, so that a better one may lie beyond.
+        dlcm_at_edge: whether a choice of the DLCM lies on an edge of its runs, so that it may save more.
         decades_outside: how far the farther of the two lies outside its runs.
     """
 
     size: float
     savings: Savings
     is_bound: bool
+    dlcm_at_edge: bool
     decades_outside: float
 
 
@@ -69,16 +70,11 @@ def savings_by_size(
             tell(f"savings at {budget:.3g} FLOPs")
         best = optimum(dlcm, cost, budget, flat=None, force=True)
         saved = savings(best, dense, cost)
-        if saved.dense_flops is None:
+        if saved.dense_size is None:
             continue
-        own = {name: np.array([value]) for name, value in dense.values.items()}
-        baseline = DenseBaseline(dense, cost, saved.dense_flops)
-        size = float(baseline.points(own, np.array([saved.dense_flops]))[0, 0])
-        low, high = np.log(dense.ranges["N"])
-        edge = _EDGE * (high - low)
-        is_bound = not low + edge < np.log(size) < high - edge
         outside = max([*best.decades_outside.values(), *saved.decades_outside.values()], default=0.0)
-        found.append(BaselineSize(size, saved, is_bound, outside))
+        at_edge = any(choice.at_edge for choice in best.choices)
+        found.append(BaselineSize(saved.dense_size, saved, saved.dense_at_edge, at_edge, outside))
     if not found:
         raise UserError(
             f"{dlcm.source}: no dense model within reach has the loss of any DLCM; savings are not identified"
@@ -89,8 +85,9 @@ def savings_by_size(
 def plot_savings(ax: Axes, found: Sequence[BaselineSize]) -> Axes:
     """FLOPs saved at equal loss against the size of the dense baseline, with 95% intervals.
 
-    Filled where both models lie inside the runs, hollow where one does not. A baseline of the smallest or largest size that was
-    run, beyond which a better one may lie, is left out.
+    Filled where both models lie inside the runs, hollow where one does not; a triangle where N, R or P of the DLCM lie on an edge
+    of its runs, beyond which it may save more. A baseline of the smallest or largest size that was run, beyond which a better
+    one may lie, is left out.
 
     Args:
         ax: where to draw.
@@ -108,14 +105,19 @@ def plot_savings(ax: Axes, found: Sequence[BaselineSize]) -> Axes:
     share = 100 * np.array([entry.savings.share for entry in found], dtype=float)
     ends = np.array([(entry.savings.low, entry.savings.high) for entry in found], dtype=float) * 100
     sure = np.array([entry.decades_outside == 0 for entry in found])
+    least = np.array([entry.dlcm_at_edge for entry in found])
     known = np.asarray(np.isfinite(ends).all(axis=1))
     ax.axhline(0, color="#707070", linewidth=0.8, zorder=1)
     ax.plot(size, share, color=BLUE, linewidth=0.9, alpha=0.5, zorder=2)
-    for own, label, hollow in ((sure, "inside the runs", False), (~sure, "beyond the runs", True)):
+    for own, label, hollow, marker in (
+        (sure & ~least, "inside the runs", False, "o"),
+        (~sure & ~least, "beyond the runs", True, "o"),
+        (least, "at least: DLCM at an edge of its runs", True, "^"),
+    ):
         if not own.any():
             continue
         face = "white" if hollow else BLUE
-        style: dict[str, Any] = {"marker": "o", "markersize": 4, "color": BLUE, "markerfacecolor": face}
+        style: dict[str, Any] = {"marker": marker, "markersize": 4, "color": BLUE, "markerfacecolor": face}
         bars = np.where(known[:, None], np.abs(ends - share[:, None]), 0.0)[own].T
         ax.errorbar(
             size[own], share[own], bars, linestyle="none", elinewidth=0.9, capsize=1.8, label=label, zorder=3, **style

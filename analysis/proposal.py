@@ -230,6 +230,12 @@ def _candidates(template: "Sweep", axes: dict[str, list[float]], grid: "Plan", b
     )
     pool = plan(sweep)
     affordable = tuple(run for run in pool.runs if run.flops_train_planned <= _LARGEST_RUN * budget)
+    if not affordable:
+        least = min((run.flops_train_planned for run in pool.runs), default=float("nan"))
+        raise UserError(
+            f"{template.where}: no candidate costs at most {_LARGEST_RUN:g} of the budget of {budget:.3g} FLOPs, the cheapest "
+            f"{least:.3g}; give a larger budget, or a template with smaller sizes or shorter runs"
+        )
     return dataclasses.replace(pool, runs=affordable)
 
 

@@ -11,7 +11,7 @@ from analysis.compare import Comparison, compare_at_matched_compute, ratio_table
 from analysis.cost import cost_of_results, require_priced
 from analysis.data import ResultsData, load_results, records
 from analysis.design import Support, describe_support
-from analysis.families import Tell, fit_families, largest_budget
+from analysis.families import Tell, fit_families, largest_budget, require_budget
 from analysis.figure_context import FigureContext
 from analysis.figures import save_figures
 from analysis.html_report import write_html
@@ -130,7 +130,7 @@ def analyze(
     fits = fit_families(data, tell, seed=seed, n_bootstrap=n_bootstrap)
     absent = [family for family in FAMILIES if family not in fits]
     missing += [f"law of the {family} models: the results hold no finished {family} run" for family in absent]
-    budget = float(budget) if budget else largest_budget(data)
+    budget = largest_budget(data) if budget is None else require_budget(budget)
     optima, saved = _allocate(fits, cost, budget, missing, tell)
     tell("drawing plots and writing tables")
     files = [*_write_fits(fits, out / "fits"), *_write_tables(table, ratios, out / "tables")]

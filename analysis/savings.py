@@ -23,6 +23,7 @@ Array = np.ndarray
 Columns = Mapping[str, Array]
 
 _DECADES = 3.0
+_EDGE = 0.01  # of the range of sizes
 _EXACT = 1e-11
 _REACH = _DECADES * np.log(10)
 
@@ -39,7 +40,11 @@ class Savings:
         low: lower end of the 95% interval of `share`; None without bootstraps, or where more than 2.5% of the pairs have no
             answer. high: upper end.
         decades_outside: how far that dense model lies outside the dense runs.
+        status: `ok`; `lower bound` where a choice of the DLCM lies on an edge of what was searched, beyond which it may save
+            more; `upper bound` where the dense size is the smallest or largest that may be chosen, beyond which a dense model may
+            need less; `not identified` where it does not follow which family is cheaper.
         text: the finding in a sentence.
+        dense_size: N of that dense model.
     """
 
     budget: float
@@ -52,6 +57,8 @@ class Savings:
     decades_outside: Mapping[str, float]
     status: str
     text: str
+    dense_size: float | None = None
+    dense_at_edge: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -91,9 +98,12 @@ def savings(best: Optimum, dense: FitResult, cost: Cost, *, sizes: tuple[float, 
             drawn = 1 - best.budget / baseline.flops_for_losses(columns, best.replicates[:n, 4])
         low, high = (float(v) for v in interval(drawn, between=False))
     outside = baseline.outside(needed) if needed is not None else {}
-    status, text = _judge(best, needed, share, low, high, dense, outside)
+    size, at_edge = baseline.size(needed) if needed is not None else (None, False)
+    status, text = _judge(best, needed, share, low, high, dense, outside, at_edge)
     finite = [None if v is None or not np.isfinite(v) else v for v in (low, high)]
-    return Savings(best.budget, best.unit, best.tokens, needed, share, finite[0], finite[1], outside, status, text)
+    return Savings(
+        best.budget, best.unit, best.tokens, needed, share, finite[0], finite[1], outside, status, text, size, at_edge
+    )
 
 
 def _judge(
@@ -104,11 +114,20 @@ def _judge(
     high: float | None,
     dense: FitResult,
     outside: Mapping[str, float],
+    dense_at_edge: bool,
 ) -> tuple[str, str]:
+    walls = [choice.name for choice in best.choices if choice.at_edge]
     remarks = [f"dense: the fit behind it is {dense.status}"] if dense.status != "certified" else []
     remarks += [f"DLCM: {note}" for note in best.notes[:1]]
     if outside:
         remarks.append(f"that dense model lies {describe_outside(outside)}")
+    if walls:
+        lie = f"{' and '.join(walls)} of the DLCM {'lies' if len(walls) == 1 else 'lie'}"
+        remarks.append(f"{lie} on the edge of what was searched, beyond which it may save more")
+    if dense_at_edge:
+        remarks.append(
+            "the dense size is the smallest or largest of its runs, beyond which a dense model may need less"
+        )
     rest = "".join(f"; {remark}" for remark in remarks)
     unit = best.unit if best.tokens is None else f"{best.unit} at D = {best.tokens:.3g}"
     if share is None or needed is None:
@@ -119,12 +138,15 @@ def _judge(
     interval = "no interval" if low is None or high is None else f"95% {100 * low:+.0f}% to {100 * high:+.0f}%"
     needs = f"{needed:.3g} {unit} for the loss that the DLCM reaches with {best.budget:.3g} "
     undecided = low is not None and high is not None and low < 0 < high
+    # What is known from one side only decides nothing where the other side might.
+    undecided |= bool(walls and share < 0) or (dense_at_edge and share > 0)
     winner = "the dense model wins at this scale: it" if share < 0 and not undecided else "the dense model"
+    bound = "" if undecided else "at least " * bool(walls) or "at most " * dense_at_edge
     fact = f"{winner} needs {needs}"
-    fact += f"(saved by the DLCM: {100 * share:+.0f}%, {interval})"
+    fact += f"(saved by the DLCM: {bound}{100 * share:+.0f}%, {interval})"
     if undecided:
         return "not identified", f"which family is cheaper is not identified: {fact}{rest}"
-    return "ok", fact + rest
+    return "lower bound" if walls else "upper bound" if dense_at_edge else "ok", fact + rest
 
 
 class DenseBaseline:
@@ -170,6 +192,16 @@ class DenseBaseline:
         if training is not None and self.dense.ranges["C"][1] > 0:
             found |= self.dense.outside(C=float(training(N, D, 1.0, 0.0)))
         return found
+
+    def size(self, budget: float) -> tuple[float, bool]:
+        """The best dense size of a budget, and whether it is the smallest or largest that may be chosen."""
+        own = {name: np.array([value]) for name, value in self.dense.values.items()}
+        size = float(self.points(own, np.array([budget]))[0, 0])
+        if self.sizes is None:
+            return size, False
+        low, high = np.log(self.sizes)
+        edge = _EDGE * (high - low)
+        return size, not low + edge < np.log(size) < high - edge
 
     def points(self, values: Columns, budgets: Array) -> Array:
         """The best dense model of each budget: N, D, R = 1, P = 0 and its loss, (S, 5); infinite loss where there is none."""

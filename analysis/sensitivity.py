@@ -26,16 +26,30 @@ N_EXPONENT = "N exponent"
 
 
 def allocation_exponent(law: Law, values: Mapping[str, Any]) -> Any:
-    """Exponent of N in the best allocation of C = k N D: beta / (alpha + beta); None where the law has not that form."""
+    """Exponent of N in the best allocation of C = k N D: beta / (alpha + beta).
+
+    None where the law has not that form, or one constant for both exponents.
+    """
     powers = {}
     for term in getattr(law, "terms", ()):
         factor = term.factors[0]
         if len(term.factors) == 1 and factor.sign < 0 and factor.offset is None:
             powers[factor.variable] = factor.exponent
-    if set(powers) != {"N", "D"}:
+    if (
+        set(powers) != {"N", "D"} or powers["N"] == powers["D"]
+    ):  # one constant for both: one half, whatever the data say
         return None
     held = {**values, **dict(law.fixed)}
     return held[powers["D"]] / (held[powers["N"]] + held[powers["D"]])
+
+
+def has_exponent(law: Law) -> bool:
+    """Whether a drop curve of the law has something to show."""
+    return bool(_exponents(law))
+
+
+def _exponents(law: Law) -> list[str]:
+    return [p.name for p in law.free if p.kind in ("exponent", "other")]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -116,7 +130,7 @@ def drop_curve(
     law = laws.get(law) if isinstance(law, str) else law
     rows = data.of_family(law.family)
     problem = Problem.build(law, rows, **options)
-    exponents = [p.name for p in law.free if p.kind in ("exponent", "other")]
+    exponents = _exponents(law)
     ks = sorted({int(k) for k in ks})
     if not exponents:
         raise UserError(f"law {law.name} has no free exponent; a drop curve would show nothing")

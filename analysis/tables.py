@@ -60,6 +60,14 @@ _PRINTED: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "bits_per_byte": ("bits/byte", lambda v: f"{v:.4f}"),
     "gain": ("gain (points)", lambda v: f"{v:+.2f}"),
     "saved": ("saved (%)", lambda v: f"{v:+.1f}"),
+    # of best allocations
+    "budget": ("budget", lambda v: f"{v:.2e}"),
+    "N": ("N", lambda v: _scaled(v)),
+    "D": ("D", lambda v: _scaled(v)),
+    "R": ("R", lambda v: f"{v:.3g}"),
+    "P": ("P", lambda v: f"{v:.3f}"),
+    "loss": ("loss (nats)", lambda v: f"{v:.4f}"),
+    "decades_outside": ("decades outside", lambda v: f"{v:.2f}"),
 }
 
 

@@ -34,7 +34,7 @@ def table(found: dict[str, Any]) -> list[dict[str, Any]]:
                 "runs": len(curve["runs"]),
                 "best rate": f"{curve['best']:.3g}" + ("" if curve["inside"] else " (edge of the grid)"),
                 "95%": "not known" if interval is None else f"{interval[0]:.2g} to {interval[1]:.2g}",
-                "least mean loss, nats": f"{min(curve['means'].values()):.3f}",
+                "least mean loss, nats": f"{min(mean for mean in curve['means'].values() if mean is not None):.3f}",
             }
         )
     return rows
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--assert", dest="must", action="store_true")
     options = parser.parse_args()
     frame = pd.concat([read_table(find_results(path)) for path in options.results], ignore_index=True)
-    transfer = analyse_transfer(frame.drop_duplicates("run_id"))
+    transfer = analyse_transfer(frame, ", ".join(map(str, options.results)))
     found = transfer_json(transfer)
     print(format_transfer(transfer))
     print(format_table(table(found)))

@@ -68,6 +68,12 @@ def main() -> None:
         # The reader of a pipe (head, less) has gone: not an error of ours.
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        # A file or folder that the user named: it stands in the way, is full, or may not be touched.
+        place = error.filename2 or error.filename
+        if place is None:
+            raise
+        _fail(f"{place}: {error.strerror or error}; choose another place, or mend that one", 2)
     except Exception as error:
         # Usage errors come from click or from typer's own copy of it, by version: both can format themselves.
         format_message = getattr(error, "format_message", None)

@@ -126,7 +126,8 @@ def checked_ratio(config: ModelConfig, tokens_per_concept: float | None) -> floa
     Raises:
         UserError: below 1.
     """
-    ratio = 1.0 if config.is_dense else float(tokens_per_concept or config.compression_target)
+    asked = config.compression_target if tokens_per_concept is None else tokens_per_concept
+    ratio = 1.0 if config.is_dense else float(asked)
     if not ratio >= 1.0:
         raise UserError(f"tokens_per_concept = {ratio:g} is below 1; a concept holds at least one token")
     return ratio

@@ -44,6 +44,7 @@ from dlcm.errors import UserError
 from dlcm.model import Model
 from flops import ops
 from flops.checked import Check, Checked, CheckedParameters, Difference
+from flops.components import checked_ratio
 from flops.count import COMPONENTS, FlopCount, count, parameters
 from flops.free import FREE, FVCORE_FREE
 
@@ -101,7 +102,7 @@ def check(
         UserError: too few tokens; an operation that is neither counted nor listed as free; work in an unknown module.
     """
     lengths = [seq_len] if documents is None else [n for n in documents if n]
-    probe = _Probe(config, lengths, tokens_per_concept or config.compression_target)
+    probe = _Probe(config, lengths, checked_ratio(config, tokens_per_concept))
     concepts = probe.n_concepts
     if sum(concepts) < 2:
         raise UserError(

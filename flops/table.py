@@ -68,8 +68,8 @@ def counted(
     Raises:
         UserError: a length or an R that no sequence can have.
     """
-    n = seq_len or subject.seq_len
-    ratio = tokens_per_concept or subject.tokens_per_concept_train
+    n = subject.seq_len if seq_len is None else seq_len
+    ratio = subject.tokens_per_concept_train if tokens_per_concept is None else tokens_per_concept
     model = subject.model
     return Counted(
         subject,

@@ -121,3 +121,48 @@ def test_a_results_table_without_a_needed_column_is_named_with_the_nearest(dlcm,
     pd.DataFrame({"run_id": ["a"], "model": ["dlcm"], "los_nats": [3.0]}).to_parquet(place / "results.parquet")
     assert_one_line(dlcm("analyze", verb, place / "results.parquet"), "results.parquet", "no column")
     assert [p.name for p in place.iterdir() if p.name not in ("text.txt", "cache")] == ["results.parquet"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("flops", "table", "small.yaml", "-r", "0"),
+        ("flops", "table", "small.yaml", "--seq-len", "0"),
+        ("flops", "check", "-r", "0"),
+    ],
+)
+def test_nought_is_a_number_and_not_the_default(dlcm, place, arguments):
+    write_sweep(place)
+    status, out, err = dlcm(*arguments)
+    assert (status, out) == (2, "")
+    assert "= 0 is below 1" in err or "lengths [0]" in err
+
+
+def test_a_budget_that_is_none_is_refused_by_report_and_plot(dlcm, place):
+    frame = pd.DataFrame({"params": [1e7, 1e8, 1e9], "D": [1e9, 2e9, 4e9], "loss": [3.0, 2.7, 2.5]})
+    frame.to_csv("mine.csv", index=False)
+    own = ("mine.csv", "--columns", "N=params,D=D,loss=loss,C=6*params*D", "--n", "non_embedding", "--cost", "6*N*D")
+    for verb in ("report", "plot"):
+        for budget in ("0", "-1", "nan"):
+            answer = dlcm("analyze", verb, *own, "--bootstrap", 0, "-o", place / "out", "--budget", budget)
+            assert answer[0] == 2, verb
+            assert "give training FLOPs, a number above 0" in answer[2]
+    assert not (place / "out" / "summary.md").exists()
+
+
+def test_output_that_cannot_be_written_is_one_line_and_leaves_nothing(dlcm, place):
+    write_sweep(place)
+    (place / "folder.csv").mkdir()
+    (place / "file").touch()
+    assert_one_line(dlcm("flops", "table", "small.yaml", "--csv", place / "folder.csv"), "folder.csv", "another place")
+    plan = ("sweep", "plan", "small.yaml", "--no-expect", "--csv")
+    status, _, err = dlcm(*plan, place / "file" / "x.csv")
+    assert status == 2
+    assert err.splitlines()[-1].startswith(f"error: {place / 'file'}")
+    assert not [path for path in place.rglob("*") if path.suffix in (".tmp", ".part")]
+
+
+def test_a_table_of_an_unknown_kind_is_refused(dlcm, place):
+    pd.DataFrame({"N": [1e7], "D": [1e9], "loss": [3.0]}).to_csv("mine.csv", index=False)
+    answer = dlcm("analyze", "export", "mine.csv", "--columns", "N=N,D=D,loss=loss", "-o", "table.xlsx")
+    assert_one_line(answer, "table.xlsx", ".csv, .md, .parquet, .tex")

@@ -573,6 +573,12 @@ def test_the_verb_prints_curve_and_chain_and_its_json_holds_the_same(run, tmp_pa
     code, _, err = run("downstream", tmp_path / "mine.csv", "--columns", columns, "--task", "quiz", "--budget", 1e19)
     assert code == 2
     assert "--chance" in err
+    far = [*call[:-1], "N=1e9,D=1e30"]
+    for limit in ((), ("--limit", 3)):
+        code, out, err = run(*far, *limit)
+        assert (code, out) == (2, "")
+        assert "N = 1e+09, D = 1e+30 lies outside the data (D by" in err
+    assert run(*far, "--force")[0] == 0
 
 
 @pytest.mark.slow

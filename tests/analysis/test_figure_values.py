@@ -140,11 +140,17 @@ def test_savings_by_size_are_those_of_a_grid_search(adequate_fits):
 
 
 def size(
-    N: float, share: float, *, bound: bool = False, outside: float = 0.0, low: float | None = None
+    N: float,
+    share: float,
+    *,
+    bound: bool = False,
+    edge: bool = False,
+    outside: float = 0.0,
+    low: float | None = None,
 ) -> BaselineSize:
     ends = (None, None) if low is None else (low, share + 0.05)
     saved = Savings(1e15, "training FLOPs", None, 1e15 / (1 - share), share, *ends, {}, "ok", "")
-    return BaselineSize(N, saved, bound, outside)
+    return BaselineSize(N, saved, bound, edge, outside)
 
 
 def test_savings_are_drawn_in_percent_hollow_beyond_the_runs_and_without_sizes_at_the_edge():
@@ -161,6 +167,15 @@ def test_savings_are_drawn_in_percent_hollow_beyond_the_runs_and_without_sizes_a
     assert -130 < ax.get_ylim()[0] < -100  # one endless interval does not flatten the others
     with pytest.raises(UserError, match="smallest or largest that was run at every budget"):
         plot_savings(ax, [size(1e5, 0.9, bound=True)])
+
+
+def test_savings_of_a_dlcm_at_an_edge_of_its_runs_are_drawn_as_what_they_are_at_least():
+    _, ax = new_figure()
+    plot_savings(ax, [size(3e5, 0.1, low=0.05), size(1e6, -0.2, low=-0.3, edge=True)])
+    found = {c.get_label(): c[0] for c in ax.containers}
+    at_least = found["at least: DLCM at an edge of its runs"]
+    np.testing.assert_allclose(at_least.get_xydata(), [[1e6, -20]])
+    assert (at_least.get_marker(), at_least.get_markerfacecolor()) == ("^", "white")
 
 
 def test_ratios_over_training_are_read_from_the_logs_of_the_runs(adequate_frame, write_results, tmp_path):

@@ -1,5 +1,6 @@
 """What is found in data and fits before they are believed, and what a fit owes to a few runs."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,11 +12,11 @@ from analysis import FitResult, ResultsData, fit, laws, load_results
 from analysis.cells import find_gaps
 from analysis.finding import Severity
 from analysis.fit_tables import format_fit, parameter_table
-from analysis.hygiene import examine
+from analysis.hygiene import examine, few_refits
 from analysis.plots import new_figure
 from analysis.plots_fit import plot_fit
 from analysis.plots_hygiene import plot_drop_curve
-from analysis.sensitivity import N_EXPONENT, both_conventions, drop_curve
+from analysis.sensitivity import N_EXPONENT, allocation_exponent, both_conventions, drop_curve
 from dlcm.errors import UserError
 from tests.analysis.test_fit import epoch_data
 
@@ -236,3 +237,36 @@ def test_runs_of_several_training_sets_are_told_from_names_of_sizes_and_runs(tmp
     assert "architecture" not in found["mixed_kinds"]
     chosen = load_results(tmp_path / "runs.csv").select("training_set == 'web'")
     assert "mixed_kinds" not in names(examine(chosen))
+
+
+def test_findings_of_few_runs_are_told_without_a_drop_curve(run, tmp_path):
+    """Three runs for three constants: no fit without the largest losses can be made, and nothing else is lost for it."""
+    frame = pd.DataFrame({"N": [1e7, 1e8, 1e9], "D": [1e9, 2e9, 4e9], "loss": [3.0, 2.7, 2.5]})
+    frame.to_csv(tmp_path / "three.csv", index=False)
+    call = [
+        "hygiene",
+        tmp_path / "three.csv",
+        "--columns",
+        "N=N,D=D,loss=loss",
+        "--law",
+        "chinchilla",
+    ]
+    code, out, err = run(*call, "--bootstrap", 0)
+    assert code == 0, err
+    assert "no bootstrap was run" in out
+    assert "no fits without the largest losses: 3 runs are too few" in out
+    assert json.loads(run(*call, "--bootstrap", 0, "--json")[1])["drop_curve"] is None
+
+
+def test_a_tied_exponent_is_no_finding_about_the_allocation():
+    law = laws.CHINCHILLA
+    values = {"E": 1.7, "A": 400.0, "alpha": 0.3, "B": 400.0, "beta": 0.4}
+    assert allocation_exponent(law, values) == pytest.approx(0.4 / 0.7)
+    assert allocation_exponent(law.tie(beta="alpha"), values) is None
+
+
+def test_a_handful_of_refits_is_said_to_be_too_few_for_an_interval(adequate_fits):
+    n = len(adequate_fits["dense"].replicates)
+    (finding,) = few_refits(None, adequate_fits["dense"])
+    assert finding.text.startswith(f"{n} bootstrap refits, where a 95% interval needs 40 or more")
+    assert few_refits(None, dataclasses.replace(adequate_fits["dense"], replicates=())) == []

@@ -231,3 +231,47 @@ def test_windows_of_several_lengths_are_judged_on_other_text_and_the_plan_says_s
     data["axes"]["grid"]["data.seq_len"] = [32, 64]
     (doubt,) = plan_doubts(plan(Sweep.from_dict(data, folder=tmp_path)))
     assert doubt.startswith("data.seq_len takes 2 values (32, 64)")
+
+
+def test_a_diverged_run_has_no_loss_in_json_and_no_rate_is_best_where_all_diverged(run, write_results):
+    frame = planted()
+    frame.loc[frame["lr_token"] == RATES[-1], "status"] = "diverged"
+    code, out, err = run("lr", write_results(frame), "--json")
+    assert code == 0, err
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    told = json.loads(out, parse_constant=refuse)
+    assert {loss for curve in told["curves"] for rate, loss, _ in curve["runs"] if rate == RATES[-1]} == {None}
+    assert told["transfers"] is True
+    path = write_results(frame.assign(status="diverged"))
+    (path.parent / "lr" / "lr.yaml").unlink()
+    code, out, err = run("lr", path)
+    assert (code, out) == (2, "")
+    assert "every run of N = " in err
+    assert "diverged" in err
+    assert not (path.parent / "lr" / "lr.yaml").exists()
+
+
+def test_rows_that_say_nothing_are_left_out_counted_and_move_nothing(run, write_results):
+    frame = planted(noise=0.01).assign(run_id=[f"r{i}" for i in range(len(planted()))])
+    frame["seed"] = frame["seed"].astype(float)
+    whole = analyse_transfer(frame.drop(index=[0, 5, 9]))
+    spoilt = frame.copy()
+    spoilt.loc[0, "loss_nats"], spoilt.loc[5, "lr_token"], spoilt.loc[9, "seed"] = np.nan, 0.0, np.nan
+    found = analyse_transfer(pd.concat([spoilt, spoilt.iloc[20:]], ignore_index=True))
+    assert [curve.best for curve in found.curves] == [curve.best for curve in whole.curves]
+    assert [found.interval(curve) for curve in found.of("mup")] == [whole.interval(curve) for curve in whole.of("mup")]
+    assert found.left_out == {
+        "given twice": len(frame) - 20,
+        "without a loss, though finished": 1,
+        "without a learning rate above 0": 1,
+        "without a size, width or seed": 1,
+    }
+    assert "left out: 1 without a learning rate above 0" in format_transfer(found)
+    frame["lr_token"] = frame["lr_token"].astype(object)
+    frame.loc[3, "lr_token"] = "fast"
+    code, _, err = run("lr", path := write_results(frame, "lr.csv"))
+    assert code == 2
+    assert f"{path}: column 'lr_token' holds 'fast' in row 4; expected a number" in err

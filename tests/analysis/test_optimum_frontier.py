@@ -89,6 +89,21 @@ def test_what_is_not_identified_has_no_exponent_and_is_marked(adequate_fits):
     assert found.to_dict()["budgets"][0]["R"]["status"] == "not identified"
 
 
+def test_a_slope_is_over_budgets_at_which_the_same_others_are_at_their_edge(adequate_fits):
+    """P* moves otherwise once N may not grow: the slope is that of the budgets before, or of those behind."""
+    result, budgets = adequate_fits["dlcm"], np.geomspace(3e12, 1e14, 7)
+    free = frontier(result, cost, budgets)
+    assert free["N"].reason == "given R on the edge of what was searched"
+    wall = float(free.points[3, 0])
+    walled = frontier(result, cost, budgets, bounds={"N": (float(result.ranges["N"][0]), wall)})
+    before = frontier(result, cost, budgets[:3])
+    given = [optimum(result, cost, b, bounds={"N": (float(result.ranges["N"][0]), wall)})["P"].given for b in budgets]
+    assert given == [("R",)] * 3 + [("N", "R")] * 4
+    assert walled["P"].reason == "over 4 of 7 budgets, given N and R on the edge of what was searched"
+    assert walled["N"].value == pytest.approx(before["N"].value, rel=1e-6)
+    assert walled["N"].reason.startswith("over the 3 of 7 budgets at which it is identified, given R on the edge")
+
+
 def test_where_the_frontier_leaves_the_data_is_said_and_limited(adequate_fits):
     result = adequate_fits["dense"]
     found = frontier(result, cost, [3e13, 3e14, 1e15])

@@ -132,9 +132,50 @@ def test_savings_are_the_flops_of_the_dense_model_at_equal_loss(adequate_fits):
 def test_a_losing_dlcm_is_said_plainly(adequate_fits):
     # a DLCM that costs twice as much at the same law
     best = optimum(adequate_fits["dlcm"], lambda N, D, R, P: 2 * cost(N, D, R, P), 3e13)
+    best = dataclasses.replace(best, choices=tuple(dataclasses.replace(c, at_edge="") for c in best.choices))
     saved = savings(best, adequate_fits["dense"], cost)
     assert saved.share < -0.5
     assert "the dense model wins at this scale" in saved.text
+    assert saved.status == "ok"
+
+
+def cheaper(N, D, R, P):
+    """A DLCM that costs four fifths at the same law."""
+    return 0.8 * cost(N, D, R, P)
+
+
+def test_a_dlcm_at_the_wall_of_its_search_loses_to_nobody_and_saves_at_least_what_it_does(adequate_fits):
+    """The largest size that was run is no property of DLCMs: beyond it they may save what they do not within it."""
+    dense = adequate_fits["dense"]
+    free = savings(optimum(adequate_fits["dlcm"], cheaper, 3e13), dense, cost)
+    small = (float(dense.ranges["N"][0]), 1.1 * float(dense.ranges["N"][0]))
+    walled = optimum(adequate_fits["dlcm"], cheaper, 3e13, bounds={"N": small})
+    assert walled["N"].at_edge == "upper"
+    saved = savings(walled, dense, cost)
+    assert saved.share < 0 < free.share
+    assert saved.status == "not identified"
+    assert saved.text.startswith("which family is cheaper is not identified")
+    assert "of the DLCM lie on the edge of what was searched, beyond which it may save more" in saved.text
+    assert "wins" not in saved.text
+    assert free.status == "lower bound"  # R lies on an edge there
+    assert "(saved by the DLCM: at least +" in free.text
+
+
+def test_a_dense_model_at_the_wall_of_its_sizes_needs_at_most_what_it_does(adequate_fits):
+    best = optimum(adequate_fits["dlcm"], cheaper, 3e13)
+    best = dataclasses.replace(best, choices=tuple(dataclasses.replace(c, at_edge="") for c in best.choices))
+    needed = savings(best, adequate_fits["dense"], cost)
+    assert (needed.status, needed.dense_at_edge) == ("ok", False)
+    small = (0.3 * needed.dense_size, 0.5 * needed.dense_size)
+    saved = savings(best, adequate_fits["dense"], cost, sizes=small)
+    assert saved.dense_at_edge
+    assert saved.share > needed.share > 0
+    assert saved.status == "not identified"
+    losing = dataclasses.replace(best, budget=6 * best.budget, replicates=best.replicates)
+    saved = savings(losing, adequate_fits["dense"], cost, sizes=small)
+    assert saved.status == "upper bound"
+    assert "the dense model wins at this scale: it needs" in saved.text
+    assert "(saved by the DLCM: at most -" in saved.text
 
 
 def test_savings_beyond_reach_are_not_identified(adequate_fits):

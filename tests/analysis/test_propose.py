@@ -236,6 +236,14 @@ def test_a_design_that_cannot_be_made_is_one_line_and_writes_nothing(template, t
     assert not list(tmp_path.glob("*-design.yaml"))
 
 
+def test_a_template_whose_every_run_takes_most_of_the_budget_is_refused():
+    axes = {"grid": {"size": [1e6], "compression_ratio": [2, 4], "concept_share": [0.5]}}
+    template = small_sweep(axes=axes, budgets={"tokens": [1e7]}, baseline=None)
+    dear = 2.5 * max(run.flops_train_planned for run in plan(template).runs)
+    with pytest.raises(UserError, match=r"no candidate costs at most 0\.125 of the budget .*give a larger budget"):
+        propose(template, default_prior(), budget=dear, target=TARGET)
+
+
 def test_a_proposal_keeps_the_model_of_its_template(proposal):
     assert proposal.plan.sweep.base["model.vocab_size"] == 4096
     assert proposal.plan.sweep.baseline is None

@@ -146,6 +146,19 @@ def test_a_baseline_of_the_runs_own_seed_is_preferred():
     assert match_baselines(table, ["0", "1", "2"]) == {2: 0}
 
 
+def test_of_several_dense_shapes_at_one_budget_the_best_is_the_baseline():
+    """Not the one whose FLOPs happen to be nearest, and not the one of the luckiest accuracy."""
+    table = pd.DataFrame(
+        {
+            "model": ["dense", "dense", "dense", "dlcm"],
+            "average": [30.0, 44.0, 40.0, 45.0],
+            "flops_train": [1e18, 1.002e18, 1.001e18, 1e18],
+            "loss_nats": [3.4, 3.2, 3.1, 3.0],
+        }
+    )
+    assert match_baselines(table, ["0"] * 4) == {3: 2}
+
+
 def test_differences_are_paired_by_item_where_the_items_are_the_same(data):
     """Both runs answer 396 of 400 items alike: the error is that of 4 differing items, not of 800 answers."""
     one = np.zeros(400, dtype=bool)
