@@ -65,6 +65,7 @@ class Frontier:
         points: N, D, R, P and loss at each budget, (n, 5).
         low: lower ends of their 95% intervals, (n, 5); None without a bootstrap. high: upper ends.
         statuses: coordinate -> `ok`, `held` or `not identified` at each budget.
+        walls: at each budget the coordinates that lie on an edge of what was searched: the others hold given these.
         outside: at each budget how far the optimum lies outside the data, in decades, by name; empty inside.
         data: N, D, R, P, C -> range in the data.
         exponents: of N, D, R and P.
@@ -78,6 +79,7 @@ class Frontier:
     low: Array | None
     high: Array | None
     statuses: Mapping[str, tuple[str, ...]]
+    walls: tuple[tuple[str, ...], ...]
     outside: tuple[Mapping[str, float], ...]
     data: Mapping[str, tuple[float, float]]
     exponents: tuple[Exponent, ...]
@@ -113,6 +115,7 @@ class Frontier:
             [n for n in COORDINATES if self.statuses[n][i] == "not identified"] for i in range(len(self.budgets))
         ]
         columns["not_identified"] = [" ".join(names) for names in unknown]
+        columns["on_edge"] = [" ".join(names) for names in self.walls]
         columns["decades_outside"] = [max(far.values(), default=0.0) for far in self.outside]
         return pd.DataFrame(columns)
 
@@ -127,6 +130,8 @@ class Frontier:
         lines += ["", *("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)]
         if any("?" in cell for row in rows for cell in row):
             lines += ["", "?: not identified; the number is the end of what was searched, or follows from one that is"]
+        if any("|" in cell for row in rows for cell in row):
+            lines += ["|: given another coordinate on the edge of what was searched"]
         return "\n".join(lines)
 
     def _row(self, i: int) -> list[str]:
@@ -139,6 +144,7 @@ class Frontier:
                 text += " ?"
             elif self.low is not None and self.high is not None:
                 text += f" ({self.low[i, column]:{digits}} to {self.high[i, column]:{digits}})"
+                text += " |" if name != "loss" and self.walls[i] else ""
             cells.append(text)
         return [*cells, describe_outside(self.outside[i]) if self.outside[i] else ""]
 
@@ -149,7 +155,11 @@ class Frontier:
         """As JSON types."""
         rows = []
         for i, budget in enumerate(self.budgets.tolist()):
-            row: dict[str, Any] = {"budget_flops": budget, "decades_outside": dict(self.outside[i])}
+            row: dict[str, Any] = {
+                "budget_flops": budget,
+                "decades_outside": dict(self.outside[i]),
+                "on_edge": list(self.walls[i]),
+            }
             for k, name in enumerate((*COORDINATES, "loss")):
                 value: dict[str, Any] = {"value": float(self.points[i, k])}
                 if self.low is not None and self.high is not None:
@@ -229,6 +239,7 @@ def frontier(
         low=low,
         high=high,
         statuses={name: tuple(c.status for c in choices) for name, choices in judged.items()},
+        walls=tuple(tuple(n for n, choice in choices.items() if choice.at_edge) for choices in by_budget),
         outside=tuple(outside),
         data={name: result.ranges[name] for name in (*COORDINATES, "C")},
         exponents=tuple(
@@ -261,8 +272,8 @@ def _exponent(name: str, budgets: Array, values: Array, refits: Array, judged: S
     if len(refits):
         low, high = ends(into(refits[:, known]) @ centred)
     on_edge = [f"given {' and '.join(given)} on the edge of what was searched"] if given else []
-    where = [] if known.all() else [f"over the {known.sum()} of {len(budgets)} budgets at which it is identified"]
-    if not known.all() and sum(fine) > known.sum():
-        where = [f"over {known.sum()} of {len(budgets)} budgets"]
+    others = "the same others lie on an edge" if given else "no other lies on an edge"
+    which = "it is identified" if sum(fine) == known.sum() else others
+    where = [] if known.all() else [f"over the {known.sum()} of {len(budgets)} budgets at which {which}"]
     slope = float(into(values[known]) @ centred)
     return Exponent(name, slope, low, high, "ok", ", ".join([*where, *on_edge]))

@@ -30,8 +30,8 @@ COLUMN_WIDTH = 3.4
 """Inches: one column of a two-column page."""
 FONT = 8.0
 SMALL = 7.0
-_HANDLE, _LETTER = 0.33, 0.053
-"""Inches of a legend's handle with its margins, and of a letter of the small font."""
+_HANDLE, _LETTER, _COLUMN_GAP = 0.33, 0.053, 0.1
+"""Inches of a legend's handle with its margins, of a letter of the small font, and between two columns."""
 
 # Okabe and Ito's palette; every series also has its own marker and line style, so that greyscale print keeps them apart.
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
@@ -296,7 +296,7 @@ def _legend_columns(labels: Sequence[str], room: float = COLUMN_WIDTH - 0.35) ->
     """The most columns, four at the most, whose entries fit into a width in inches."""
     widths = [_HANDLE + _LETTER * len(re.sub(r"\\\w+|[${}^_\\]", "", label)) for label in labels]
     for n in range(min(len(labels), 4), 1, -1):
-        if sum(max(widths[column::n]) for column in range(n)) <= room:
+        if sum(max(widths[column::n]) for column in range(n)) + _COLUMN_GAP * (n - 1) <= room:
             return n
     return 1
 

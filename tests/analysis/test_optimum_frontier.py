@@ -99,7 +99,11 @@ def test_a_slope_is_over_budgets_at_which_the_same_others_are_at_their_edge(adeq
     before = frontier(result, cost, budgets[:3])
     given = [optimum(result, cost, b, bounds={"N": (float(result.ranges["N"][0]), wall)})["P"].given for b in budgets]
     assert given == [("R",)] * 3 + [("N", "R")] * 4
-    assert walled["P"].reason == "over 4 of 7 budgets, given N and R on the edge of what was searched"
+    where = "over the 4 of 7 budgets at which the same others lie on an edge"
+    assert walled["P"].reason == f"{where}, given N and R on the edge of what was searched"
+    assert walled.walls == (("R",),) * 3 + (("N", "R"),) * 4
+    assert walled.table()["on_edge"].tolist() == ["R"] * 3 + ["N R"] * 4
+    assert "|: given another coordinate on the edge" in walled.report()
     assert walled["N"].value == pytest.approx(before["N"].value, rel=1e-6)
     assert walled["N"].reason.startswith("over the 3 of 7 budgets at which it is identified, given R on the edge")
 
