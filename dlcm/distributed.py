@@ -160,12 +160,11 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a SLURM node list: `gpu[3-5,9],x1` -> `gpu3`."""
-    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\]([^,]*))?", nodes)
+    """The first host of a SLURM node list: `gpu[3-5,9],x1` -> `gpu3`, `rack[1-2]node[3-4]` -> `rack1node3`."""
+    match = re.match(r"(?:[^,\[]|\[[^\]]+\])+", nodes)
     if not match:
         raise UserError(f"SLURM_JOB_NODELIST = {nodes!r} names no host")
-    prefix, numbers, suffix = match.groups()
-    return prefix if numbers is None else f"{prefix}{re.split('[,-]', numbers)[0]}{suffix}"
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", match[0])
 
 
 def _port(job_id: str) -> int:

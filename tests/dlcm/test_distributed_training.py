@@ -183,7 +183,15 @@ def test_a_variable_that_is_no_number_is_named(environment, name):
 
 
 @pytest.mark.parametrize(
-    ("nodes", "host"), [("a", "a"), ("a,b", "a"), ("n[07-12,20]", "n07"), ("n[3,5]-ib,x", "n3-ib"), ("a1,b[1-2]", "a1")]
+    ("nodes", "host"),
+    [
+        ("a", "a"),
+        ("a,b", "a"),
+        ("n[07-12,20]", "n07"),
+        ("n[3,5]-ib,x", "n3-ib"),
+        ("a1,b[1-2]", "a1"),
+        ("r[1-2]n[3-4],x", "r1n3"),
+    ],
 )
 def test_the_first_host_of_a_node_list(nodes, host):
     assert first_host(nodes) == host
