@@ -9,7 +9,6 @@ import typer
 from analysis.optimum_commands import parse_choice
 from analysis.options import (
     AsJson,
-    Choices,
     ColumnsOption,
     DropOption,
     ExcludeOption,
@@ -136,7 +135,10 @@ def downstream_verb(
     budget: Annotated[
         list[float] | None, typer.Option("--budget", metavar="FLOPS", help="training FLOPs to spend best; repeatable")
     ] = None,
-    at: Choices = None,
+    at: Annotated[
+        list[str] | None,
+        typer.Option("--at", metavar="N=,D=,R=,P=", help='accuracy of a given model: "N=1e9,D=2e10"; repeatable'),
+    ] = None,
     chance: Annotated[
         float | None, typer.Option("--chance", help="accuracy of guessing, where the results do not hold it")
     ] = None,
