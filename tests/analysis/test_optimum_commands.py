@@ -181,10 +181,12 @@ def test_a_frontier_is_a_table_and_a_figure_with_the_exponents_of_the_law(run, m
     assert set(table["model"]) == {"dense"}
     assert "parameters N*" in (tmp_path / "f.svg").read_text()
     assert run("optimum", my_fit, *OWN, *span, "--table", tmp_path / "t.md")[0] == 0
-    cells = [cell.strip() for cell in (tmp_path / "t.md").read_text().splitlines()[-1].strip("|").split("|")]
-    assert cells[1] == "1.00e+22"
-    assert cells[2].split()[0].endswith(("M", "G"))
-    assert len(cells[-3].split()[0]) == len("2.1234")  # four decimals of loss, as in the text
+    lines = (tmp_path / "t.md").read_text().splitlines()
+    heads, cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], lines[-1]))
+    last = dict(zip(heads, cells, strict=True))
+    assert last["budget"] == "1.00e+22"
+    assert last["N"].split()[0].endswith(("M", "G"))
+    assert len(last["loss (nats)"].split()[0]) == len("2.1234")  # four decimals, as in the text
     code, out, _ = run("optimum", my_fit, *OWN, *span)
     assert "N* ~ budget^0.514" in out
     assert out.count("e+19") + out.count("e+20") + out.count("e+21") + out.count("e+22") >= 5
