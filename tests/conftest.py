@@ -2,6 +2,7 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Tests hold what runs on a CPU to the bit, and are the same everywhere: they see a GPU where they are asked for it (`make gpu`).
@@ -9,6 +10,12 @@ if os.environ.get("TEST_GPU") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from dlcm.cli import main
+
+# The same examples in every run, and none is judged by how long a busy machine took over it.
+hypothesis.settings.register_profile(
+    "tests", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("tests")
 
 
 def pytest_collection_modifyitems(items):
