@@ -12,7 +12,7 @@ import pandas as pd
 from analysis import laws
 from analysis.data import ResultsData
 from analysis.design import SAME_BUDGET, count_runs
-from analysis.families import Tell, fit_families, largest_budget, require_budget
+from analysis.families import Tell, fit_families, largest_budget
 from analysis.fit import fit
 from analysis.law import FAMILIES
 from analysis.result import FitResult
@@ -119,7 +119,7 @@ class FigureContext:
         Raises:
             UserError: neither is known.
         """
-        return largest_budget(self.data) if self.asked is None else require_budget(self.asked)
+        return largest_budget(self.data) if self.asked is None else self.asked
 
     @functools.cached_property
     def frontiers(self) -> dict[str, "Frontier"]:

@@ -274,12 +274,12 @@ def judge_choice(name: str, problem: Allocation, best: Array, replicates: Array)
     position = (lambda v: v) if name == "P" else np.log
     span = position(searched[1]) - position(searched[0])
     reason = ""
-    if value_at_edge := _edge(position(value), position(searched[0]), position(searched[1])):
+    if value_at_edge := edge_of(position(value), position(searched[0]), position(searched[1])):
         reason = f"the optimum lies on the {value_at_edge} edge of what was searched ({searched[0]:.3g} to {searched[1]:.3g})"
     elif low is not None and high is not None and position(high) - position(low) > _SPANS * span:
         reason = f"its 95% interval ({low:.3g} to {high:.3g}) spans the searched range ({searched[0]:.3g} to {searched[1]:.3g})"
     at_ends = [
-        v is not None and _edge(position(v), position(searched[0]), position(searched[1]), _ROUNDING) == end
+        v is not None and edge_of(position(v), position(searched[0]), position(searched[1]), _ROUNDING) == end
         for v, end in ((low, "lower"), (high, "upper"))
     ]
     status = "not identified" if reason else "ok"
@@ -300,6 +300,7 @@ def _judge_follower(
     return Choice(name, value, low, high, searched, "not identified" if reason else "ok", reason)
 
 
-def _edge(value: float, low: float, high: float, share: float = _EDGE) -> str:
+def edge_of(value: float, low: float, high: float, share: float = _EDGE) -> str:
+    """`lower` or `upper` where a value lies within a share of a range of that end of it; else empty."""
     margin = share * (high - low)
     return "lower" if value <= low + margin else "upper" if value >= high - margin else ""

@@ -14,7 +14,7 @@ from analysis.allocation import replicate_columns, require_known_tokens
 from analysis.budget import find_root, price, sizes_for_budget
 from analysis.cost import training_of
 from analysis.intervals import interval
-from analysis.optimum import Optimum, describe_outside
+from analysis.optimum import Optimum, describe_outside, edge_of
 from analysis.result import FitResult
 from analysis.search import Cost, Search
 from dlcm.errors import UserError
@@ -23,7 +23,6 @@ Array = np.ndarray
 Columns = Mapping[str, Array]
 
 _DECADES = 3.0
-_EDGE = 0.01  # of the range of sizes
 _EXACT = 1e-11
 _REACH = _DECADES * np.log(10)
 
@@ -199,9 +198,7 @@ class DenseBaseline:
         size = float(self.points(own, np.array([budget]))[0, 0])
         if self.sizes is None:
             return size, False
-        low, high = np.log(self.sizes)
-        edge = _EDGE * (high - low)
-        return size, not low + edge < np.log(size) < high - edge
+        return size, bool(edge_of(*np.log([size, *self.sizes]).tolist()))
 
     def points(self, values: Columns, budgets: Array) -> Array:
         """The best dense model of each budget: N, D, R = 1, P = 0 and its loss, (S, 5); infinite loss where there is none."""

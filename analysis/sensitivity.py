@@ -35,9 +35,8 @@ def allocation_exponent(law: Law, values: Mapping[str, Any]) -> Any:
         factor = term.factors[0]
         if len(term.factors) == 1 and factor.sign < 0 and factor.offset is None:
             powers[factor.variable] = factor.exponent
-    if (
-        set(powers) != {"N", "D"} or powers["N"] == powers["D"]
-    ):  # one constant for both: one half, whatever the data say
+    # With one constant for both it is one half, whatever the data say.
+    if set(powers) != {"N", "D"} or powers["N"] == powers["D"]:
         return None
     held = {**values, **dict(law.fixed)}
     return held[powers["D"]] / (held[powers["N"]] + held[powers["D"]])

@@ -268,7 +268,7 @@ class RunConfig(Frozen):
             )
         if train.measure_stable and self.optim.schedule != "wsd":
             raise ValueError(
-                f"train.measure_stable: a {self.optim.schedule} schedule has no stable part; set optim.schedule: wsd, or leave it"
+                f"train.measure_stable: a {self.optim.schedule} schedule has no stable part; set optim.schedule: wsd, or drop it"
             )
         decay = self.optim.decay_share * self.tokens if self.optim.schedule == "wsd" else 0.0
         if self.optim.warmup_tokens is not None and self.optim.warmup_tokens > self.tokens - decay:

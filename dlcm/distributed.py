@@ -131,27 +131,26 @@ def rendezvous(environment: Mapping[str, str]) -> tuple[Ranks, str, int] | None:
             e.get("MASTER_PORT", "29500"),
         )
     # srun; SLURM_NTASKS is there in a batch script of one process, too
-    elif _number(e, "SLURM_STEP_NUM_TASKS", 1) > 1:
+    elif _whole("SLURM_STEP_NUM_TASKS", e.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         keys = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         port = _port(e["SLURM_JOB_ID"])
         one_node = e.get("SLURM_STEP_NUM_NODES") == "1"  # then no name has to resolve
         address = "127.0.0.1" if one_node else first_host(e.get("SLURM_STEP_NODELIST", e["SLURM_JOB_NODELIST"]))
-    elif _number(e, "SUBMITIT_LOCAL_NTASKS", 1) > 1:
+    elif _whole("SUBMITIT_LOCAL_NTASKS", e.get("SUBMITIT_LOCAL_NTASKS", "1")) > 1:
         keys = ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID")
         address, port = "127.0.0.1", _port(e["SUBMITIT_LOCAL_JOB_ID"])
     else:
         return None
-    rank, world_size, local_rank = (_number(e, key, 0) for key in keys)
+    rank, world_size, local_rank = (_whole(key, e.get(key, "0")) for key in keys)
     if world_size == 1:
         return None
     if not 0 <= rank < world_size:
         raise UserError(f"{keys[0]} = {rank} with {keys[1]} = {world_size}: a rank is below the number of ranks")
-    return Ranks(rank, world_size, local_rank), address, _number({"MASTER_PORT": str(port)}, "MASTER_PORT", 0)
+    return Ranks(rank, world_size, local_rank), address, _whole("MASTER_PORT", str(port))
 
 
-def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+def _whole(name: str, value: str) -> int:
     """A whole number of the environment."""
-    value = environment.get(name, str(default))
     if not re.fullmatch(r"[0-9]+", value):
         raise UserError(
             f"{name} = {value!r} in the environment: expected a whole number; set it, or unset it to train alone"

@@ -189,14 +189,15 @@ class _Task:
                 self.announce({"run_id": self.run.run_id, **how})
             return train(self.run.config, self.run.path, on_step=self._follow, guard=self.lease.check, **how)
 
-        trunk = self.trunk
-        try:
+        def from_trunk() -> Any:
             try:
-                return once(trunk)
+                return once(self.trunk)
             except UnusableBranchError as error:
-                trunk = None
                 self._note(str(error))
-                return once(trunk)
+                return once(None)
+
+        try:
+            return from_trunk()
         except Exception as error:
             note = lower_memory(self.run, _last_line(error)) if is_out_of_memory(error) else None
             if note is None or self.announce is not None:
@@ -208,7 +209,7 @@ class _Task:
 
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return once(trunk)
+        return from_trunk()
 
     def _note(self, note: str) -> None:
         self.beat.update(note=note)
