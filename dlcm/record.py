@@ -110,16 +110,19 @@ def sync_metrics(path: Path) -> None:
             os.fsync(file.fileno())
 
 
-def cut_metrics(path: Path, step: int) -> int:
+def cut_metrics(path: Path, step: int, due: int) -> None:
     """Keep the rows up to `step`: what a resumed run will write again is dropped, a torn tail with it.
 
-    Returns:
-        The step of the last row that is left; 0 where there is none.
+    Args:
+        path: `metrics.jsonl` of a run.
+        step: where the run goes on from.
+        due: step of the last row that was written before; 0 where there was none.
+
+    Raises:
+        UserError: rows up to `due` are lost or torn, and no resumed run would write them again; the file is left as it is.
     """
-    if not path.exists():
-        return 0
     kept, last = [], 0
-    for line in path.read_bytes().split(b"\n"):
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
             row = json.loads(line)
         except ValueError:
@@ -128,8 +131,13 @@ def cut_metrics(path: Path, step: int) -> int:
             break
         kept.append(line + b"\n")
         last = int(row["step"])
-    write_atomic(path, b"".join(kept))
-    return last
+    if last < due:
+        raise UserError(
+            f"{path}: it is whole up to step {last}, and the checkpoint of step {step} has lines up to {due} behind it; "
+            f"restore it, or delete {path.parent / 'checkpoints'} to train the run anew"
+        )
+    if kept or path.exists():
+        write_atomic(path, b"".join(kept))
 
 
 # A reader that asks whether a lock is held takes it shared for some microseconds; a claim must not fail on that.

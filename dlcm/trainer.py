@@ -194,17 +194,8 @@ class Trainer:
         if state is not None:
             self.shared.load(state, self.optimizer)
             self.step, self.tally = state["step"], Tally(**state["tally"])
-        if self.ranks.is_main:
-            self._cut_metrics()
-
-    def _cut_metrics(self) -> None:
-        """Bring the log to where the state stands; refuse one that lost lines, which nothing would write again."""
-        last, due = cut_metrics(self.metrics_path, self.step), self.step - self.step % self.config.train.log_every
-        if last < due:
-            raise UserError(
-                f"{self.metrics_path}: it ends at step {last}, and the checkpoint of step {self.step} has lines up to {due} "
-                f"behind it; restore it, or delete {self.run_dir / 'checkpoints'} to train the run anew"
-            )
+        due = self.step - self.step % self.config.train.log_every
+        self.ranks.on_main(lambda: cut_metrics(self.metrics_path, self.step, due))
 
     def _save(self, clock: float) -> float:
         """Save a checkpoint; `clock` is when the time since the one before began, and what comes back is when the next begins."""
