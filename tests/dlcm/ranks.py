@@ -4,12 +4,14 @@ They are forked from a process that has imported torch already: the imports of a
 trains, and the tests start some seventy.
 """
 
+import faulthandler
 import functools
 import multiprocessing
 import os
 import socket
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from dlcm.train import StopTraining, train
 ROOT = Path(__file__).parents[2]
 # What a rank imports when it starts to share a model or to compile it.
 IMPORTED = (__name__, "torch._dynamo", "torch.distributed.fsdp", "torch._functorch.aot_autograd")
+_PATIENCE_S = 240
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -55,7 +58,7 @@ def run_ranks(n_ranks: int, work: Callable[..., int | None], *arguments: Any) ->
         else:
             os.environ["PYTHONPATH"] = paths
         for process in processes:
-            process.join(timeout=240)
+            process.join(timeout=_PATIENCE_S)
             process.kill()
             process.join()
         codes = [process.exitcode for process in processes]
@@ -69,7 +72,18 @@ def _rank(environment: dict[str, str], said: Path, work: Callable[..., int | Non
     for stream in (1, 2):
         os.dup2(file, stream)
     torch.set_num_threads(1)
-    sys.exit(work(*arguments))
+    faulthandler.dump_traceback_later(
+        _PATIENCE_S - 20, file=sys.__stderr__
+    )  # says where a rank hangs, before it is killed
+    status: int | None = 1
+    try:
+        status = work(*arguments)
+    except Exception:
+        traceback.print_exc()
+    # No teardown of the interpreter: threads of gloo and torch, begun in a forked process, need not end for it.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
 
 
 def start(
